@@ -1,0 +1,113 @@
+"""Saving and loading a model with its tokenizer, sizes and training record in one file, safely.
+
+A file is written beside its place and then renamed, so an interrupt or a full disk never harms what was there. Loading
+executes no code: `torch.load(weights_only=True)` builds tensors and plain containers only.
+"""
+
+import os
+import pickle
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import torch
+
+from minipass.errors import InputError
+from minipass.model import GPT, GPTConfig
+from minipass.tokenizer import encoding_of, gpt2_encoding
+
+FORMAT, VERSION = "minipass checkpoint", 1
+SHIPPED = Path(__file__).parent / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds. record: how it was trained (plain values); training: what `--resume` needs, or None."""
+
+    model: GPT
+    encoding: tiktoken.Encoding
+    record: dict[str, Any]
+    training: dict[str, Any] | None
+
+
+def atomic_write(path: Path, write) -> None:
+    """Calls write(temporary path) and renames the result to `path`; on any failure `path` stays as it was.
+
+    Raises InputError when the folder or the disk does not take the file.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise InputError(f"cannot write {path}: {_first_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+
+
+def save(
+    path: Path | str,
+    model: GPT,
+    encoding: tiktoken.Encoding,
+    record: dict[str, Any],
+    *,
+    training: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a checkpoint atomically, its weights cast to `dtype` (None: as they are). Raises InputError."""
+    weights = {
+        name: value.detach().to("cpu", dtype or value.dtype) for name, value in model.state_dict().items()
+    }
+    tokenizer: dict[str, Any] = {"name": encoding.name}
+    if encoding.name != "gpt2":  # tiktoken keeps that one itself
+        tokenizer["tokens"] = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab - 1)]
+    content = {"format": FORMAT, "version": VERSION, "config": asdict(model.config), "weights": weights}
+    content |= {"tokenizer": tokenizer, "record": record, "training": training}
+    atomic_write(Path(path), lambda temporary: torch.save(content, temporary))
+
+
+def load(
+    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Checkpoint:
+    """Reads a checkpoint; the model comes in `dtype` on `device`, in evaluation mode.
+
+    `path` is a file, or the bare name of a checkpoint that comes with the package ("joint").
+    Raises InputError for a file that is missing, damaged, of another kind or version, or that would run code.
+    """
+    path = Path(path)
+    if not path.exists() and path.parent == Path(".") and not path.suffix:
+        path = SHIPPED / f"{path.name}.pt"
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.pt"))) or "none"
+        raise InputError(f"there is no checkpoint {path} (shipped with the package: {names})")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is not a minipass checkpoint, or would run code when read; not loaded"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is damaged or not a checkpoint: {_first_line(error)}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path} is not a minipass checkpoint")
+    if content.get("version") != VERSION:
+        raise InputError(
+            f"{path} has checkpoint version {content.get('version')!r}; this package reads {VERSION}"
+        )
+    try:
+        model = GPT(GPTConfig(**content["config"]))
+        model.load_state_dict(content["weights"])
+        tokenizer = content["tokenizer"]
+        encoding = gpt2_encoding() if tokenizer["name"] == "gpt2" else encoding_of(tokenizer["tokens"])
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path} does not hold what its config says: {_first_line(error)}") from error
+    if encoding.n_vocab != model.config.vocab_size:
+        raise InputError(f"{path} has {encoding.n_vocab} tokens but a model of {model.config.vocab_size}")
+    model.to(device=device, dtype=dtype).eval()
+    return Checkpoint(model, encoding, content.get("record") or {}, content.get("training"))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

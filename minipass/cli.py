@@ -1,0 +1,63 @@
+"""What the three scripts share: choosing device and dtype, and one clear sentence instead of a traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from minipass.errors import InputError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises InputError for an unknown or absent device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name!r} asked for, but this machine offers {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it natively, else float32. Raises InputError if unknown."""
+    if name == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    if name not in DTYPES:
+        raise InputError(f"unknown dtype {name!r}; use auto or one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's main; a user's mistake becomes one sentence on standard error and exit status 2."""
+    try:
+        main()
+        sys.stdout.flush()
+    except InputError as error:
+        sentence = " ".join(str(error).split())
+        print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader went away (`| head`): nothing is wrong, and nothing more can be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -1,0 +1,103 @@
+"""What training minimises: the next-token loss, and the look-ahead losses that teach the table to draft.
+
+One layout serves training and fused decoding (layout.path_with_groups): the text's rows, then G groups of L look-ahead
+rows, each group hanging from a random cut of the same text. One forward trains G x L drafts (PaSS, section 3.2; the
+distillation and the acceptance loss are ours).
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minipass.layout import lookahead_ids, path_with_groups
+from minipass.model import GPT
+
+LOOKAHEAD_LOSSES = ("ce", "kl", "tv")
+TV_SCALE = 4.0  # a total variation counts for so many nats of KL, so that one weight suits all three losses
+
+
+def random_cuts(
+    batch_size: int, n_text: int, n_groups: int, n_lookahead: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Rows from which look-ahead groups hang, (batch_size, n_groups) int64: n_groups different ones for each text.
+
+    A cut c leaves c + L <= n_text - 1, so that the model's own distribution after each look-ahead position is there.
+    """
+    choices = np.arange(n_text - n_lookahead)
+    return np.stack([rng.choice(choices, n_groups, replace=False) for _ in range(batch_size)])
+
+
+def training_pass(model: GPT, text: torch.Tensor, cuts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward over text (B, T) with look-ahead groups hanging from cuts (B, G).
+
+    Returns the text's logits (B, T, V) and the look-ahead logits (B, G, L, V).
+    """
+    n_lookahead, n_text = model.config.n_lookahead, text.shape[1]
+    if n_lookahead == 0 or cuts.shape[1] == 0:
+        return model(text), text.new_zeros(len(text), 0, 0, model.config.vocab_size, dtype=torch.float32)
+    ids = lookahead_ids(model.config.vocab_size, n_lookahead, n_groups=cuts.shape[1]).to(text.device)
+    ids = torch.cat([text, ids.expand(len(text), -1)], dim=1)
+    layout = path_with_groups(n_text, cuts, n_lookahead).to(text.device)
+    logits = model(ids, layout)
+    return logits[:, :n_text], logits[:, n_text:].unflatten(1, (-1, n_lookahead))
+
+
+def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy in nats per token of logits (B, T, V) with targets (B, T)."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def rows_after_cuts(per_row: torch.Tensor, cuts: np.ndarray, n_lookahead: int) -> torch.Tensor:
+    """Picks what belongs to each look-ahead row: [LA]_i behind cut c stands at position c + i.
+
+    per_row: (B, T, ...) something per text row; returns (B, G, L, ...).
+    """
+    index = torch.from_numpy(cuts)[..., None] + 1 + torch.arange(n_lookahead)  # (B, G, L)
+    batch = torch.arange(len(cuts))[:, None, None]
+    return per_row[batch.to(per_row.device), index.to(per_row.device)]
+
+
+def lookahead_loss(
+    kind: str, draft_logits: torch.Tensor, text_logits: torch.Tensor, targets: torch.Tensor, cuts: np.ndarray
+) -> torch.Tensor:
+    """Mean look-ahead loss by position, (L,).
+
+    draft_logits: (B, G, L, V); text_logits: (B, T, V), the target distribution at the same places, detached here;
+    targets: (B, T), the token after each text row. kind: `ce`, cross entropy with the text (the paper); `kl`,
+    KL(q || p) in nats; `tv`, TV_SCALE x the total variation, which is 1 - the expected acceptance sum(min(p, q)).
+    """
+    n_lookahead = draft_logits.shape[2]
+    log_p = F.log_softmax(draft_logits.float(), dim=-1)  # (B, G, L, V)
+    if kind == "ce":
+        token = rows_after_cuts(targets, cuts, n_lookahead)
+        return -log_p.gather(-1, token[..., None]).squeeze(-1).mean((0, 1))
+    log_q = F.log_softmax(rows_after_cuts(text_logits.detach(), cuts, n_lookahead).float(), dim=-1)
+    if kind == "kl":
+        return (log_q.exp() * (log_q - log_p)).sum(-1).mean((0, 1))
+    if kind == "tv":
+        return TV_SCALE * 0.5 * (log_q.exp() - log_p.exp()).abs().sum(-1).mean((0, 1))
+    raise ValueError(f"unknown look-ahead loss {kind!r}; there are {', '.join(LOOKAHEAD_LOSSES)}")
+
+
+@torch.no_grad()
+def evaluate(model: GPT, windows: torch.Tensor, *, n_groups: int = 8, batch_size: int = 16) -> dict:
+    """Teacher-forced figures on windows (N, T + 1) of held-out text, always from the same cuts.
+
+    Returns `loss`, nats per token of plain next-token prediction, and by look-ahead position (lists of L)
+    `acceptance`, the expected acceptance sum(min(p, q)) = 1 - TV(p, q) at temperature 1, and `match`, how often the
+    most likely draft is the model's most likely token.
+    """
+    n_lookahead, rng = model.config.n_lookahead, np.random.default_rng(0)
+    losses, acceptance, match = [], [], []
+    for batch in windows.split(batch_size):
+        text, targets = batch[:, :-1].to(model.device), batch[:, 1:].to(model.device)
+        cuts = random_cuts(len(text), text.shape[1], n_groups, n_lookahead, rng)
+        text_logits, draft_logits = training_pass(model, text, cuts)
+        losses += [next_token_loss(text_logits, targets)] * len(text)
+        if n_groups and n_lookahead:
+            q_logits = rows_after_cuts(text_logits, cuts, n_lookahead)
+            p, q = draft_logits.float().softmax(-1), q_logits.float().softmax(-1)
+            acceptance.append(torch.minimum(p, q).sum(-1).flatten(0, 1))
+            match.append((draft_logits.argmax(-1) == q_logits.argmax(-1)).float().flatten(0, 1))
+    mean = lambda parts: torch.cat(parts).mean(0).tolist() if parts else []  # noqa: E731
+    return {"loss": torch.stack(losses).mean().item(), "acceptance": mean(acceptance), "match": mean(match)}
