@@ -28,9 +28,7 @@ NOT_PART_OF_A_RUN = ("resume", "device", "dtype", "minutes", "save_every")  # ma
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
         "--stage",
@@ -90,9 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     if not 0 <= args.decay <= 1:
         raise InputError(f"--decay must lie in [0, 1], not {args.decay}")
     if args.groups < 1 or args.seed < 0:
-        raise InputError(
-            f"--groups must be at least 1 and --seed at least 0, not {args.groups} and {args.seed}"
-        )
+        raise InputError(f"--groups must be at least 1 and --seed at least 0, not {args.groups} and {args.seed}")
     if args.steps is None and args.minutes is None:
         args.minutes = 10.0
     if args.lr is None:
@@ -102,19 +98,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def start(args: argparse.Namespace, train_documents) -> tuple[GPT, object, dict]:
     """Model (on the CPU, float32), encoding and the record of earlier training: new, or from --init."""
-    sizes = {
-        name: getattr(args, name)
-        for name in GPTConfig.__dataclass_fields__
-        if getattr(args, name) is not None
-    }
+    sizes = {name: getattr(args, name) for name in GPTConfig.__dataclass_fields__ if getattr(args, name) is not None}
     torch.manual_seed(args.seed)
     if args.init:
         loaded = checkpoint.load(args.init)
         model, wanted = loaded.model, GPTConfig(**(vars(loaded.model.config) | sizes))
         if wanted.n_lookahead != model.config.n_lookahead:  # the table alone may be made anew, of any length
-            weights = model.state_dict() | {
-                "lookahead": torch.randn(wanted.n_lookahead, wanted.n_embd) * 0.02
-            }
+            weights = model.state_dict() | {"lookahead": torch.randn(wanted.n_lookahead, wanted.n_embd) * 0.02}
             changed = GPTConfig(**(vars(model.config) | {"n_lookahead": wanted.n_lookahead}))
             model = GPT(changed)
             model.load_state_dict(weights)
@@ -142,9 +132,7 @@ def make_optimizers(model: GPT, stage: str, lr: float) -> list[torch.optim.Optim
         return [torch.optim.AdamW([model.lookahead], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
     model.requires_grad_(True)
     matrices = [parameter for parameter in model.h.parameters() if parameter.dim() == 2]
-    others = [
-        parameter for name, parameter in model.named_parameters() if name[:2] != "h." or parameter.dim() < 2
-    ]
+    others = [parameter for name, parameter in model.named_parameters() if name[:2] != "h." or parameter.dim() < 2]
     if stage == "base":
         model.lookahead.requires_grad_(False)
         others = [parameter for parameter in others if parameter is not model.lookahead]
@@ -168,9 +156,7 @@ def draw_curves(folder: Path, history: list[dict]) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     validated = [entry for entry in history if "heldout_loss" in entry]
-    left.plot(
-        [e["step"] for e in history], [e["loss"] for e in history], color="0.7", label="training, whole loss"
-    )
+    left.plot([e["step"] for e in history], [e["loss"] for e in history], color="0.7", label="training, whole loss")
     steps = [entry["step"] for entry in validated]
     left.plot(steps, [e["heldout_loss"] for e in validated], "o-", label="held out, next token")
     left.set(xlabel="step", ylabel="nats per token")
@@ -196,9 +182,7 @@ def main() -> None:
     }
     last = args.out / "last.pt"
     if last.exists() and not args.resume:
-        raise InputError(
-            f"{args.out} already holds a run: go on with --resume, or name another folder with --out"
-        )
+        raise InputError(f"{args.out} already holds a run: go on with --resume, or name another folder with --out")
     state = None
     if args.resume:
         loaded = checkpoint.load(last)
@@ -208,20 +192,14 @@ def main() -> None:
         for name, value in settings.items():
             if state["settings"].get(name) != value:
                 was = state["settings"].get(name)
-                raise InputError(
-                    f"the run in {args.out} has {name} {was!r}, not {value!r}: it cannot go on so"
-                )
+                raise InputError(f"the run in {args.out} has {name} {was!r}, not {value!r}: it cannot go on so")
 
     train_documents, heldout_documents = split_documents(read_documents(args.data))
     if state:
         model, encoding, parents = loaded.model, loaded.encoding, state["parents"]
     else:
         model, encoding, record = start(args, train_documents)
-        parents = (
-            [*record.get("parents", []), {k: v for k, v in record.items() if k != "parents"}]
-            if record
-            else []
-        )
+        parents = [*record.get("parents", []), {k: v for k, v in record.items() if k != "parents"}] if record else []
     config = model.config
     if args.stage != "base" and config.n_lookahead == 0:
         raise InputError(f"--stage {args.stage} needs look-ahead tokens, but n_lookahead is 0")

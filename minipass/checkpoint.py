@@ -57,9 +57,7 @@ def save(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Writes a checkpoint atomically, its weights cast to `dtype` (None: as they are). Raises InputError."""
-    weights = {
-        name: value.detach().to("cpu", dtype or value.dtype) for name, value in model.state_dict().items()
-    }
+    weights = {name: value.detach().to("cpu", dtype or value.dtype) for name, value in model.state_dict().items()}
     tokenizer: dict[str, Any] = {"name": encoding.name}
     if encoding.name != "gpt2":  # tiktoken keeps that one itself
         tokenizer["tokens"] = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab - 1)]
@@ -68,9 +66,7 @@ def save(
     atomic_write(Path(path), lambda temporary: torch.save(content, temporary))
 
 
-def load(
-    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Checkpoint:
+def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Checkpoint:
     """Reads a checkpoint; the model comes in `dtype` on `device`, in evaluation mode.
 
     `path` is a file, or the bare name of a checkpoint that comes with the package ("joint").
@@ -85,17 +81,13 @@ def load(
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} is not a minipass checkpoint, or would run code when read; not loaded"
-        ) from error
+        raise InputError(f"{path} is not a minipass checkpoint, or would run code when read; not loaded") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is damaged or not a checkpoint: {_first_line(error)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is not a minipass checkpoint")
     if content.get("version") != VERSION:
-        raise InputError(
-            f"{path} has checkpoint version {content.get('version')!r}; this package reads {VERSION}"
-        )
+        raise InputError(f"{path} has checkpoint version {content.get('version')!r}; this package reads {VERSION}")
     try:
         model = GPT(GPTConfig(**content["config"]))
         model.load_state_dict(content["weights"])

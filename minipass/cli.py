@@ -27,9 +27,7 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {name!r} asked for, but this machine offers {torch.cuda.device_count()} CUDA devices"
-        )
+        raise InputError(f"device {name!r} asked for, but this machine offers {torch.cuda.device_count()} CUDA devices")
     return device
 
 

@@ -178,9 +178,7 @@ def _check_length(tokens: np.ndarray, length: int) -> None:
         raise InputError(f"the text has {len(tokens)} tokens, but one window takes {length}: give more text.")
 
 
-def sample_windows(
-    tokens: np.ndarray, batch_size: int, length: int, rng: np.random.Generator
-) -> torch.Tensor:
+def sample_windows(tokens: np.ndarray, batch_size: int, length: int, rng: np.random.Generator) -> torch.Tensor:
     """Random windows of `tokens` (N,), as int64 (batch_size, length). Raises InputError if N < length."""
     _check_length(tokens, length)
     starts = rng.integers(0, len(tokens) - length + 1, size=(batch_size, 1))

@@ -41,9 +41,7 @@ def tree(parents: np.ndarray) -> Layout:
     n_batch, n_rows = parents.shape
     if ((parents < CACHE_END) | (parents >= np.arange(n_rows))).any():
         raise ValueError("each row's parent must be CACHE_END or a row before it")
-    visible = np.zeros(
-        (n_batch, n_rows + 1, n_rows), dtype=bool
-    )  # one more row, the last: CACHE_END sees no row
+    visible = np.zeros((n_batch, n_rows + 1, n_rows), dtype=bool)  # one more row, the last: CACHE_END sees no row
     batch = np.arange(n_batch)
     for row in range(n_rows):
         visible[:, row] = visible[batch, parents[:, row]]  # what the parent sees ...
@@ -64,9 +62,7 @@ def path_with_groups(n_path: int, anchors: np.ndarray, n_lookahead: int) -> Layo
     n_batch, n_groups = anchors.shape
     path = np.arange(n_path) - 1
     first_row = n_path + n_lookahead * np.arange(n_groups)  # of each group
-    groups = (
-        first_row[:, None] + np.arange(n_lookahead) - 1
-    )  # (G, L): each row hangs from the one before it ...
+    groups = first_row[:, None] + np.arange(n_lookahead) - 1  # (G, L): each row hangs from the one before it ...
     groups = np.broadcast_to(groups, (n_batch, n_groups, n_lookahead)).copy()
     groups[:, :, :1] = anchors[:, :, None]  # ... but the first from its anchor
     path = np.broadcast_to(path, (n_batch, n_path))

@@ -16,9 +16,7 @@ LOOKAHEAD_LOSSES = ("ce", "kl", "tv")
 TV_SCALE = 4.0  # a total variation counts for so many nats of KL, so that one weight suits all three losses
 
 
-def random_cuts(
-    batch_size: int, n_text: int, n_groups: int, n_lookahead: int, rng: np.random.Generator
-) -> np.ndarray:
+def random_cuts(batch_size: int, n_text: int, n_groups: int, n_lookahead: int, rng: np.random.Generator) -> np.ndarray:
     """Rows from which look-ahead groups hang, (batch_size, n_groups) int64: n_groups different ones for each text.
 
     A cut c leaves c + L <= n_text - 1, so that the model's own distribution after each look-ahead position is there.

@@ -77,9 +77,7 @@ class KVCache:
         Slots before `length` are seen by all rows, the next R as `visible` says, and what lies behind by none.
         """
         n_rows = visible.shape[1]
-        relative = (
-            torch.arange(self.max_len, device=self.length.device) - self.length[:, None]
-        )  # (B, max_len)
+        relative = torch.arange(self.max_len, device=self.length.device) - self.length[:, None]  # (B, max_len)
         padded = F.pad(F.pad(visible, (1, 0), value=True), (0, 1), value=False)  # (.., R, 1 + R + 1)
         index = relative.clamp(-1, n_rows) + 1  # 0: in the cache, 1..R: this pass, R + 1: garbage
         index = index[:, None, :].expand(-1, n_rows, -1)
@@ -102,9 +100,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, mask, cache, layer, slots):
-        q, k, v = (
-            self.c_attn(x).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        )  # 3 x (B, H, R, hd)
+        q, k, v = self.c_attn(x).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, R, hd)
         if cache is not None:
             k, v = cache.store(layer, k, v, slots)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -206,9 +202,7 @@ class GPT(nn.Module):
             position, mask, slots = layout.depth, layout.visible, None
         else:
             if n_rows > cache.max_len:
-                raise ValueError(
-                    f"a pass of {n_rows} rows does not fit into a cache of {cache.max_len} slots"
-                )
+                raise ValueError(f"a pass of {n_rows} rows does not fit into a cache of {cache.max_len} slots")
             position, mask = cache.length[:, None] + layout.depth, cache.mask(layout.visible)
             slots = cache.slots(n_rows)
         if mask is not None:

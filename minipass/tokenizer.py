@@ -34,9 +34,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> list[Pair]:
     Raises InputError if `vocab_size` cannot hold the 256 bytes and the end-of-text token.
     """
     if vocab_size < 257:
-        raise InputError(
-            f"the vocabulary size is {vocab_size}, but 256 bytes and end-of-text need at least 257."
-        )
+        raise InputError(f"the vocabulary size is {vocab_size}, but 256 bytes and end-of-text need at least 257.")
     split = regex.compile(PATTERN)
     piece_counts: Counter[str] = Counter()
     for text in tqdm(texts, desc="counting pieces", disable=None, leave=False):
@@ -65,9 +63,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> list[Pair]:
                 heapq.heappush(heap, (-count, pair))
             continue
         joined = token_bytes[pair[0]] + token_bytes[pair[1]]
-        if (
-            joined in known
-        ):  # "a" + "aa" after "aa" + "a": tiktoken knows tokens by their bytes, so one is enough
+        if joined in known:  # "a" + "aa" after "aa" + "a": tiktoken knows tokens by their bytes, so one is enough
             continue
         new_id = 256 + len(merges)
         merges.append(pair)

@@ -196,9 +196,7 @@ def test_the_split_parts_are_disjoint_complete_and_about_a_twentieth_is_held_out
 
 
 def test_neither_part_of_a_split_is_ever_empty():
-    train, heldout = split_documents(
-        [Document("os.py", "a"), Document("heapq.py", "b"), Document("ast.py", "c")]
-    )
+    train, heldout = split_documents([Document("os.py", "a"), Document("heapq.py", "b"), Document("ast.py", "c")])
     assert [document.path for document in train] == ["os.py", "ast.py"]
     assert [document.path for document in heldout] == ["heapq.py"], "the smallest hash"
     train, heldout = split_documents([Document("chunk.py", "a"), Document("sched.py", "b")])

@@ -20,9 +20,7 @@ from minipass.tokenizer import (
     train_bpe,
 )
 
-TEXT = (
-    "The heron waited by the water, and the water waited by the heron.\n    while heron: wait(10_000)\n" * 20
-)
+TEXT = "The heron waited by the water, and the water waited by the heron.\n    while heron: wait(10_000)\n" * 20
 
 AWKWARD = {
     "nothing": b"",
@@ -153,9 +151,7 @@ def test_the_pattern_leaves_no_character_out():
     assert plain.decode(plain.encode_ordinary(shuffled)) == shuffled
 
 
-@pytest.mark.parametrize(
-    "failure", [requests.exceptions.ConnectionError("no route"), OSError(), ValueError()]
-)
+@pytest.mark.parametrize("failure", [requests.exceptions.ConnectionError("no route"), OSError(), ValueError()])
 def test_without_the_network_gpt2_is_refused_in_one_sentence(monkeypatch, failure):
     def fail(name: str):
         raise failure
@@ -171,8 +167,6 @@ def test_bytes_come_back_unchanged_where_ids_are_not_byte_values():
     order = list(range(256))
     random.Random(3).shuffle(order)
     ranks = {bytes([byte]): rank for rank, byte in enumerate(order)}
-    shuffled = tiktoken.Encoding(
-        "shuffled", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256}
-    )
+    shuffled = tiktoken.Encoding("shuffled", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
     data = AWKWARD["random bytes"]
     assert shuffled.decode_bytes(encode_bytes(shuffled, data)) == data
