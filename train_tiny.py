@@ -1,8 +1,9 @@
 """Trains a small GPT and its look-ahead tokens: `python train_tiny.py` does something sensible in ten minutes.
 
 Stages: `base` trains a plain language model; `lookahead` freezes a base and trains only the look-ahead table (the
-paper, section 3.2); `joint` trains both together. A run lives in a folder: last.pt (go on with --resume), model.pt (the
-finished model), log.jsonl and loss.png. With --steps a run is reproducible: step s draws its batch from (seed, s) alone.
+paper, section 3.2); `joint` trains both together. A run lives in a folder: last.pt (go on with --resume), model.pt
+(the finished model), log.jsonl and loss.png. With --steps a run is reproducible: step s draws its batch from the seed
+and s alone.
 """
 
 import argparse

@@ -109,7 +109,7 @@ class _Run:
     def new_cache(self, model: GPT) -> KVCache:
         """Room for the longest text, for a round that overshoots its end, and for the largest pass."""
         longest = max(map(len, self.prompts))
-        most_rows = max((1 + self.n_drafts) ** 2, longest + self.n_drafts)  # of a fused pass, of prefill
+        most_rows = (1 + self.n_drafts) ** 2  # of a fused pass; prefill's longest + L are fewer than the sum
         max_len = longest + max(self.remaining) + self.n_drafts + most_rows
         return KVCache(model.config, len(self.prompts), max_len, device=model.device, dtype=model.dtype)
 

@@ -1,10 +1,10 @@
 """Rows of a pass: who sees whom, and where each row stands. Every pass of every method, and training, is built here.
 
-A pass is a tree (DESIGN "one idea under all passes"). Each row has a parent: another row of the same pass, or the end of
-the cache. A row sees the whole cache, its ancestors and itself; its position is its parent's plus one. Nothing else is
-needed: plain causal text is a path, a draft pass is a path with look-ahead rows hanging from its end, a fused pass has
-look-ahead rows hanging from every row of the path, and a training sequence is the text with look-ahead rows hanging
-from random cuts (PaSS, section 3; arXiv 2311.13581).
+A pass is a tree. Each row has a parent: another row of the same pass, or the end of the cache. A row sees the whole
+cache, its ancestors and itself; its position is its parent's plus one. Nothing else is needed: plain causal text is a
+path, a draft pass is a path with look-ahead rows hanging from its end, a fused pass has look-ahead rows hanging from
+every row of the path, and a training sequence is the text with look-ahead rows hanging from random cuts (PaSS,
+section 3; arXiv 2311.13581).
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ def path_with_groups(n_path: int, anchors: np.ndarray, n_lookahead: int) -> Layo
     """A path of n_path real rows, then for each anchor a path of n_lookahead look-ahead rows hanging from it.
 
     anchors: (G,) or (B, G) rows of the path. The rows stand in this order: path, group 0, group 1, ...
-    Returns a Layout of R = n_path + G * n_lookahead rows. This is section 4's and 5's layout alike: training hangs the
+    Returns a Layout of R = n_path + G * n_lookahead rows. One layout for all: training hangs the
     groups from random cuts, fused decoding from every row, a draft pass from the last row, a verify pass has none.
     """
     anchors = np.atleast_2d(np.asarray(anchors, dtype=np.int64))  # (B, G)
