@@ -1,0 +1,200 @@
+"""Continues a prompt, with or without PaSS: `python sample.py --pass` shows which tokens were drafted in parallel.
+
+The text goes to standard output as it comes, coloured by origin on a terminal; one line of statistics follows on
+standard error. `--compare` times the same prompt with and without PaSS, `--json` prints one object instead of text.
+"""
+
+import argparse
+import codecs
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from minipass import checkpoint
+from minipass.cli import choose_device, choose_dtype, run_script
+from minipass.errors import InputError
+from minipass.generate import ACCEPTED, BONUS, CORRECTED, Generation, Round, stream
+from minipass.tokenizer import encode_bytes
+
+DEFAULT_PROMPT = '''class Stack:
+    """A last-in, first-out collection of items."""
+
+    def __init__(self, items=None):
+        self._items = list(items or [])
+
+    def __len__(self):
+        return len(self._items)
+
+    def push(self, item):
+'''
+COLOURS = {ACCEPTED: "32", BONUS: "36", CORRECTED: "33"}  # green, cyan, yellow; a free token stays as it is
+METHOD_OF = {None: "autoregressive", "fused": "pass", "two-pass": "pass-two-pass"}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--pass",
+        dest="variant",
+        nargs="?",
+        const="fused",
+        choices=("fused", "two-pass"),
+        help="parallel speculative sampling: fused, one pass a round (default), or the paper's two-pass form",
+    )
+    add("--prompt", help="text to continue, or - for standard input (default: the beginning of a Python class)")
+    add("--max-new-tokens", type=int, default=128, help="at most so many (default: %(default)s)")
+    add("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+    add("--top-k", type=int, default=10, help="draw from the k most likely tokens (default: %(default)s)")
+    add("--top-p", type=float, help="draw from the fewest tokens with this probability (default: all)")
+    add("--lookahead", type=int, help="drafts in a round, L (default: 4, or what the model has)")
+    add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, bfloat16 where "
+        "the hardware has it)")  # fmt: skip
+    add("--checkpoint", default="joint", help="a file, or the name of one in the package (default: %(default)s)")
+    add("--compare", action="store_true", help="time the prompt with and without PaSS, side by side")
+    add("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    if args.compare and args.json:
+        raise InputError("--compare and --json exclude each other")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed must lie in 0..2**63 - 1, not {args.seed}")
+    return args
+
+
+def read_prompt(argument: str | None) -> bytes:
+    """The prompt's bytes, which need not be UTF-8."""
+    if argument is None:
+        return DEFAULT_PROMPT.encode()
+    prompt = sys.stdin.buffer.read() if argument == "-" else os.fsencode(argument)
+    if not prompt:
+        raise InputError("the prompt is empty; give at least one character")
+    return prompt
+
+
+class TextPrinter:
+    """Writes tokens as they come; a character whose bytes are spread over tokens appears with the last of them."""
+
+    def __init__(self, encoding, coloured: bool):
+        self.encoding, self.coloured = encoding, coloured
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def write(self, tokens: list[int], origins: list[str]) -> None:
+        for token, origin in zip(tokens, origins, strict=True):
+            if token != self.encoding.eot_token:
+                self.write_bytes(self.encoding.decode_single_token_bytes(token), COLOURS.get(origin))
+        sys.stdout.flush()
+
+    def write_bytes(self, data: bytes, colour: str | None = None, final: bool = False) -> None:
+        text = self.decoder.decode(data, final)
+        sys.stdout.write(f"\033[{colour}m{text}\033[0m" if self.coloured and colour and text else text)
+
+
+def run(rounds, on_round: Callable[[Round], None] = lambda record: None) -> tuple[Generation, float]:
+    """Goes through the rounds of one prompt; returns the generation and its seconds, prefill included."""
+    result, began = Generation(), time.perf_counter()
+    for record in rounds:
+        result.add(record)
+        on_round(record)
+    return result, time.perf_counter() - began
+
+
+def statistics_line(result: Generation, seconds: float, coloured: bool) -> str:
+    n_tokens = len(result.tokens[0])
+    line = f"{n_tokens} tokens in {result.passes} passes: {result.tokens_per_pass:.2f} tokens/pass"
+    if result.tested:
+        line += "; kept by position " + " ".join(f"{share:.2f}" for share in result.acceptance)
+    line += f"; {n_tokens / seconds:.0f} tokens/s"
+    if coloured and result.tested:
+        line += "  (" + " ".join(f"\033[{colour}m{name}\033[0m" for name, colour in COLOURS.items()) + ")"
+    return line
+
+
+def compare(rounds_of: Callable, method: str, repeats: int = 5) -> None:
+    """Prints medians over `repeats` alternating runs of both methods, after a warm-up of each."""
+    methods = ("autoregressive", method)
+    rates: dict[str, list[float]] = {name: [] for name in methods}
+    results = {}
+    for repeat in range(repeats + 1):
+        for name in methods:
+            results[name], seconds = run(rounds_of(name))
+            if repeat:
+                rates[name].append(len(results[name].tokens[0]) / seconds)
+    print(f"{'':16}{'tokens/s':>10}{'tokens/pass':>13}{'tokens':>8}{'passes':>8}")
+    for name in methods:
+        result, rate = results[name], statistics.median(rates[name])
+        print(f"{name:16}{rate:10.0f}{result.tokens_per_pass:13.2f}{len(result.tokens[0]):8}{result.passes:8}")
+    ratios = [new / old for old, new in zip(*rates.values(), strict=True)]
+    print(
+        f"speed-up {statistics.median(ratios):.2f} (median of {repeats} pairs, {min(ratios):.2f} to {max(ratios):.2f}; "
+        "prefill included)"
+    )
+    same = results[method].tokens == results["autoregressive"].tokens
+    print("same text" if same else "another text: at temperature > 0 another draw, in bfloat16 also another rounding")
+
+
+def main() -> None:
+    args = parse_arguments()
+    prompt = read_prompt(args.prompt)
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    loaded = checkpoint.load(args.checkpoint, device=device, dtype=dtype)
+    encoding, prompt_ids = loaded.encoding, encode_bytes(loaded.encoding, prompt)
+
+    def rounds_of(method: str):
+        return stream(
+            loaded.model,
+            prompt_ids,
+            args.max_new_tokens,
+            method=method,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            lookahead=args.lookahead,
+            stop_token=encoding.eot_token,
+            generator=torch.Generator(device).manual_seed(args.seed),
+        )
+
+    if args.compare:
+        compare(rounds_of, METHOD_OF[args.variant or "fused"])
+        return
+    method = METHOD_OF[args.variant]
+    if args.json:
+        result, seconds = run(rounds_of(method))
+        tokens = result.tokens[0]
+        text = encoding.decode_bytes([token for token in tokens if token != encoding.eot_token])
+        figures = {
+            "text": text.decode("utf-8", "replace"),
+            "tokens": tokens,
+            "passes": result.passes,
+            "tokens_per_pass": result.tokens_per_pass,
+            "acceptance": result.acceptance,
+            "tokens_per_second": len(tokens) / seconds,
+            "method": method,
+        }
+        print(json.dumps(figures))
+        return
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    printer = TextPrinter(encoding, coloured)
+    rounds = rounds_of(method)
+    first = next(rounds)  # a bad setting is found here, before the prompt is written
+    printer.write_bytes(prompt)
+
+    def all_rounds():
+        yield first
+        yield from rounds
+
+    result, seconds = run(all_rounds(), lambda record: printer.write(record.tokens[0], record.origins[0]))
+    printer.write_bytes(b"", final=True)
+    print(flush=True)
+    print(statistics_line(result, seconds, coloured and sys.stderr.isatty()), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_script(main)
