@@ -180,6 +180,7 @@ def main() -> None:
         }
         print(json.dumps(figures))
         return
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show every character
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     printer = TextPrinter(encoding, coloured)
     rounds = rounds_of(method)

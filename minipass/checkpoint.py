@@ -82,7 +82,7 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is not a minipass checkpoint, or would run code when read; not loaded") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # bytes that are no checkpoint can break the reader in any way
         raise InputError(f"{path} is damaged or not a checkpoint: {_first_line(error)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is not a minipass checkpoint")
