@@ -158,9 +158,8 @@ def main() -> None:
         f"{machine(device)}"
     )
     print(setting + "\n")
-    print(
-        "| method | L | tokens/pass | kept by position | speed-up (quartiles) | tokens/s | repeated 8-grams | as plain |"
-    )
+    heads = ["method", "L", "tokens/pass", "kept by position", "speed-up (quartiles)", "tokens/s"]
+    print("| " + " | ".join([*heads, "repeated 8-grams", "as plain"]) + " |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in figures:
         kept = " ".join(f"{share:.2f}" for share in row["kept_by_position"]) or "-"
@@ -170,11 +169,10 @@ def main() -> None:
             f"({low:.2f} to {high:.2f}) | {row['tokens_per_second']:.0f} | {row['repeated_8grams']:.0%} | "
             f"{row['same_text_as_plain']:.0%} |"
         )
+    by_position = {name: " ".join(f"{share:.2f}" for share in forced[name]) for name in ("acceptance", "match")}
     print(
-        f"\nTeacher-forced on held-out text: base loss {forced['loss']:.3f} nats/token; expected acceptance by position "
-        + " ".join(f"{share:.2f}" for share in forced["acceptance"])
-        + "; greedy match "
-        + " ".join(f"{share:.2f}" for share in forced["match"])
+        f"\nTeacher-forced on held-out text: base loss {forced['loss']:.3f} nats/token; expected acceptance by "
+        f"position {by_position['acceptance']}; greedy match {by_position['match']}"
     )
     if args.json:
         content = json.dumps({"setting": setting, "figures": figures, "teacher_forced": forced}, indent=1) + "\n"
