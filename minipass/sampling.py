@@ -41,7 +41,7 @@ def probabilities(
         logits = torch.full_like(logits, -math.inf).scatter_(-1, tokens, values)
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        ordered, tokens = probs.sort(-1, descending=True, stable=True)
+        ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
         ordered = ordered.masked_fill(before >= top_p, 0.0)
         probs = torch.zeros_like(probs).scatter_(-1, tokens, ordered)
