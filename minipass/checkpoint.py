@@ -6,6 +6,7 @@ executes no code: `torch.load(weights_only=True)` builds tensors and plain conta
 
 import os
 import pickle
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,9 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
         names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.pt"))) or "none"
         raise InputError(f"there is no checkpoint {path} (shipped with the package: {names})")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickles, which are refused just below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is not a minipass checkpoint, or would run code when read; not loaded") from error
     except Exception as error:  # bytes that are no checkpoint can break the reader in any way

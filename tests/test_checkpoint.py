@@ -1,0 +1,147 @@
+"""Files: what is saved comes back, a failed save harms nothing, and no bad file is loaded or run."""
+
+import pickle
+
+import pytest
+import torch
+
+from minipass import checkpoint
+from minipass.errors import InputError
+from minipass.model import GPT, GPTConfig
+from minipass.tokenizer import build_encoding, train_bpe
+
+
+@pytest.fixture(scope="module")
+def encoding():
+    return build_encoding(train_bpe(["to be or not to be, that is the question of the day"] * 3, 270))
+
+
+@pytest.fixture
+def small(encoding) -> GPT:
+    return GPT(GPTConfig(encoding.n_vocab, 16, 1, 2, 8, 3))
+
+
+@pytest.fixture
+def saved(tmp_path, small, encoding):
+    path = tmp_path / "model.pt"
+    checkpoint.save(path, small, encoding, {"stage": "joint", "steps": 7})
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_model_tokenizer_and_record_come_back(tmp_path, small, encoding, dtype):
+    checkpoint.save(tmp_path / "new" / "m.pt", small, encoding, {"steps": 7}, dtype=dtype)
+    loaded = checkpoint.load(tmp_path / "new" / "m.pt")
+    assert loaded.model.config == small.config
+    for name, value in small.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value.to(dtype).float())
+    assert loaded.record == {"steps": 7}
+    assert loaded.training is None
+    text = "the question\n<|endoftext|> \N{SNOWMAN}"
+    assert loaded.encoding.encode_ordinary(text) == encoding.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("write failed")])
+def test_a_full_disk_leaves_the_old_file_and_no_other(saved, small, encoding, monkeypatch, failure):
+    def half_a_save(content, path):
+        path.write_bytes(b"half")
+        raise failure
+
+    before = saved.read_bytes()
+    monkeypatch.setattr(torch, "save", half_a_save)
+    with pytest.raises(InputError, match="cannot write"):
+        checkpoint.save(saved, small, encoding, {})
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_an_interrupt_in_the_middle_of_a_save_leaves_the_old_file_and_no_other(saved, small, encoding, monkeypatch):
+    def interrupted_save(content, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    before = saved.read_bytes()
+    monkeypatch.setattr(torch, "save", interrupted_save)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(saved, small, encoding, {})
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        checkpoint.load(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.7, 0.99])
+def test_a_truncated_file_is_refused(saved, share):
+    data = saved.read_bytes()
+    saved.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(InputError):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize(
+    "data", [b"\0" * 1000, b"just a line of text\n" * 9, bytes(range(256)) * 40, b"PK\x03\x04junk"]
+)
+def test_a_file_of_another_kind_is_refused(tmp_path, data):
+    path = tmp_path / "other.pt"
+    path.write_bytes(data)
+    with pytest.raises(InputError):
+        checkpoint.load(path)
+
+
+class RunsCode:
+    """Pickled, this asks the reader to create a file."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, write):
+    marker, path = tmp_path / "it ran", tmp_path / "evil.pt"
+    write({"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "config": RunsCode(marker)}, path)
+    with pytest.raises(InputError):
+        checkpoint.load(path)
+    assert not marker.exists()
+
+
+def change_nothing_else(path, **changes):
+    content = torch.load(path, weights_only=True)
+    torch.save(content | changes, path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": "something else"},
+        {"version": 99},
+        {"config": {"n_layer": 2}},
+        {"config": {"no_such_size": 2}},
+        {"config": None},
+        {"weights": {}},
+        {"tokenizer": {"name": "minipass"}},
+        {"tokenizer": {"name": "minipass", "tokens": [bytes([byte]) for byte in range(256)]}},
+    ],
+)
+def test_a_file_that_does_not_fit_together_is_refused(saved, changes):
+    change_nothing_else(saved, **changes)
+    with pytest.raises(InputError):
+        checkpoint.load(saved)
+
+
+def test_a_torch_file_of_something_else_is_refused(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    with pytest.raises(InputError, match="not a minipass checkpoint"):
+        checkpoint.load(tmp_path / "tensor.pt")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in checkpoint.SHIPPED.glob("*.pt")))
+def test_a_shipped_checkpoint_loads_by_its_name(name):
+    loaded = checkpoint.load(name)
+    assert loaded.model.config.n_lookahead > 0
+    assert loaded.record["stage"] in ("joint", "lookahead")

@@ -1,0 +1,98 @@
+"""Training's one forward: look-ahead rows behind random cuts see what a draft pass there would see."""
+
+import numpy as np
+import pytest
+import torch
+
+from minipass.layout import lookahead_ids
+from minipass.losses import (
+    TV_SCALE,
+    evaluate,
+    lookahead_loss,
+    next_token_loss,
+    random_cuts,
+    rows_after_cuts,
+    training_pass,
+)
+
+B, T, G, L, V = 3, 20, 5, 4, 11
+
+
+@pytest.fixture
+def text() -> torch.Tensor:
+    return torch.randint(0, V, (B, T + 1), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def cuts() -> np.ndarray:
+    return random_cuts(B, T, G, L, np.random.default_rng(0))
+
+
+def test_cuts_differ_within_a_text_and_leave_room_for_the_lookahead_positions():
+    cuts = random_cuts(200, T, G, L, np.random.default_rng(1))
+    assert cuts.shape == (200, G)
+    assert cuts.min() == 0
+    assert cuts.max() == T - 1 - L
+    assert all(len(set(row)) == G for row in cuts.tolist())
+
+
+@torch.no_grad()
+def test_lookahead_rows_behind_a_cut_are_a_draft_pass_after_the_text_up_to_it(model, text, cuts):
+    _, draft_logits = training_pass(model, text[:, :-1], cuts)
+    assert draft_logits.shape == (B, G, L, V)
+    for b in range(B):
+        for g, cut in enumerate(cuts[b]):
+            rows = torch.cat([text[b, : cut + 1], lookahead_ids(V, L)])[None]
+            torch.testing.assert_close(draft_logits[b, g], model(rows)[0, -L:])
+
+
+@torch.no_grad()
+def test_lookahead_rows_do_not_disturb_the_text(model, text, cuts):
+    torch.testing.assert_close(training_pass(model, text[:, :-1], cuts)[0], model(text[:, :-1]))
+
+
+def test_lookahead_row_i_behind_cut_c_belongs_to_position_c_plus_i(cuts):
+    positions = rows_after_cuts(torch.arange(T).expand(B, -1), cuts, L)
+    for b, g, i in np.ndindex(B, G, L):
+        assert positions[b, g, i] == cuts[b, g] + i + 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["ce", "kl", "tv"])
+def test_each_loss_is_the_mean_of_its_definition(kind, model, text, cuts):
+    text_logits, draft_logits = training_pass(model, text[:, :-1], cuts)
+    loss = lookahead_loss(kind, draft_logits, text_logits, text[:, 1:], cuts)
+    for i in range(L):
+        values = []
+        for b, g in np.ndindex(B, G):
+            place = cuts[b, g] + i + 1
+            p, q = draft_logits[b, g, i].softmax(-1), text_logits[b, place].softmax(-1)
+            if kind == "ce":
+                values.append(-p[text[b, place + 1]].log())
+            elif kind == "kl":
+                values.append((q * (q / p).log()).sum())
+            else:
+                values.append(TV_SCALE * (1 - torch.minimum(p, q).sum()))
+        torch.testing.assert_close(loss[i], torch.stack(values).mean().float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["kl", "tv"])
+def test_the_target_is_not_pulled_towards_the_draft(kind, model, text, cuts):
+    text_logits, draft_logits = training_pass(model, text[:, :-1], cuts)
+    text_logits = text_logits.detach().requires_grad_(True)
+    lookahead_loss(kind, draft_logits, text_logits, text[:, 1:], cuts).sum().backward()
+    assert text_logits.grad is None
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_next_token_loss_of_an_even_guess_is_the_log_of_the_vocabulary(text):
+    loss = next_token_loss(torch.zeros(B, T, V), text[:, 1:])
+    torch.testing.assert_close(loss, torch.tensor(float(V)).log())
+
+
+def test_evaluation_is_repeatable_and_a_perfect_drafter_would_score_one(model, text):
+    figures = evaluate(model, text, n_groups=G)
+    assert figures == evaluate(model, text, n_groups=G)
+    assert len(figures["acceptance"]) == len(figures["match"]) == L
+    assert all(0 <= value <= 1 for value in figures["acceptance"] + figures["match"])
