@@ -1,0 +1,233 @@
+"""The scripts as a person meets them: every mistake is one sentence and exit status 2, and good input just works."""
+
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minipass import checkpoint
+from minipass.cli import run_script
+from minipass.model import GPT, GPTConfig
+from minipass.tokenizer import build_encoding
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import sample  # noqa: E402
+import train_tiny  # noqa: E402
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A random model over bytes, with a window of 40."""
+    path = tmp_path_factory.mktemp("model") / "tiny.pt"
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(257, 40, 1, 2, 16, 3))
+    with torch.no_grad():
+        model.wte.weight.mul_(20)
+    checkpoint.save(path, model, build_encoding([]), {"stage": "joint"})
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch, capfdbinary):
+    """call(script, "--flag", ..., stdin=b""): exit status, standard output (bytes) and standard error (text)."""
+
+    def run(script, *arguments, stdin: bytes = b"") -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        handler = signal.getsignal(signal.SIGINT)
+        status = 0
+        try:
+            run_script(script.main)
+        except SystemExit as stop:
+            status = stop.code
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        sys.stdout.flush()
+        out, err = capfdbinary.readouterr()
+        return SimpleNamespace(status=status, out=out, err=err.decode())
+
+    return run
+
+
+def assert_one_sentence(result) -> None:
+    assert result.status == 2
+    assert result.out == b""
+    assert "Traceback" not in result.err
+    assert len(result.err.strip().splitlines()) == 1, result.err
+
+
+SAMPLE_MISTAKES = [
+    ["--prompt", ""],
+    ["--prompt", "much longer than the window " * 3],
+    ["--pass", "--lookahead", "0"],
+    ["--pass", "--lookahead", "-1"],
+    ["--pass", "--lookahead", "4"],
+    ["--pass", "two-pass", "--lookahead", "4"],
+    ["--temperature", "-1"],
+    ["--temperature", "nan"],
+    ["--temperature", "inf"],
+    ["--top-k", "0"],
+    ["--top-p", "0"],
+    ["--top-p", "1.5"],
+    ["--top-p", "nan"],
+    ["--max-new-tokens", "0"],
+    ["--seed", "-1"],
+    ["--dtype", "int4"],
+    ["--device", "abacus"],
+    ["--device", "mps"],
+    pytest.param(["--device", "cuda"], marks=NO_CUDA),
+    ["--checkpoint", "no-such-model"],
+    ["--checkpoint", "/no/such/file.pt"],
+    ["--checkpoint", "/"],
+    ["--compare", "--json"],
+]
+
+
+@pytest.mark.parametrize("arguments", SAMPLE_MISTAKES, ids=" ".join)
+def test_a_mistake_in_sampling_is_one_sentence(call, tiny_checkpoint, arguments):
+    assert_one_sentence(call(sample, "--checkpoint", tiny_checkpoint, "--prompt", "Hi", *arguments))
+
+
+def test_an_empty_standard_input_is_one_sentence(call, tiny_checkpoint):
+    assert_one_sentence(call(sample, "--checkpoint", tiny_checkpoint, "--prompt", "-"))
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "pickle", "version"])
+def test_a_bad_checkpoint_is_one_sentence(call, tiny_checkpoint, tmp_path, kind):
+    path, good = tmp_path / "bad.pt", tiny_checkpoint.read_bytes()
+    if kind == "version":
+        torch.save(torch.load(tiny_checkpoint, weights_only=True) | {"version": 0}, path)
+    else:
+        path.write_bytes({"truncated": good[:5000], "text": b"hello\n", "pickle": pickle.dumps(os.getcwd)}[kind])
+    assert_one_sentence(call(sample, "--checkpoint", path))
+
+
+def test_an_unknown_variant_has_exit_status_2(call, tiny_checkpoint):
+    result = call(sample, "--pass", "bogus")
+    assert result.status == 2
+    assert "invalid choice" in result.err
+
+
+def plain_text(folder: Path) -> Path:
+    path = folder / "text.txt"
+    path.write_text("one line after the other, and each of them a little longer.\n" * 50)
+    return path
+
+
+SIZES = "--vocab-size 257 --block-size 32 --n-layer 1 --n-head 2 --n-embd 16 --n-lookahead 3".split()
+
+TRAINING_MISTAKES = [
+    ["--data", "/no/such/folder"],
+    ["--data", "EMPTY"],
+    ["--data", "BINARY"],
+    ["--data", "SHORT"],
+    ["--data", "FOLDER"],
+    ["--resume"],
+    ["--out", "BELOW_A_FILE"],
+    ["--n-embd", "15"],
+    ["--n-layer", "0"],
+    ["--vocab-size", "10"],
+    ["--groups", "0"],
+    ["--groups", "30"],
+    ["--steps", "0"],
+    ["--minutes", "-1"],
+    ["--lr", "nan"],
+    ["--decay", "2"],
+    ["--seed", "-1"],
+    ["--dtype", "int4"],
+    pytest.param(["--device", "cuda"], marks=NO_CUDA),
+    ["--stage", "lookahead"],
+    ["--init", "/no/such/file.pt"],
+]
+
+
+@pytest.mark.parametrize("arguments", TRAINING_MISTAKES, ids=" ".join)
+def test_a_mistake_in_training_is_one_sentence(call, tmp_path, arguments):
+    places = {name: tmp_path / name for name in ("EMPTY", "BINARY", "SHORT", "FOLDER")}
+    places["EMPTY"].write_bytes(b"")
+    places["BINARY"].write_bytes(bytes(range(256)) * 100)
+    places["SHORT"].write_text("too short\n")
+    places["FOLDER"].mkdir()
+    places["BELOW_A_FILE"] = places["SHORT"] / "run"
+    arguments = [places.get(argument, argument) for argument in arguments]
+    result = call(train_tiny, "--data", plain_text(tmp_path), "--out", tmp_path / "run", "--steps", "1",
+                  "--batch-size", "2", "--groups", "2", *SIZES, *arguments)  # fmt: skip
+    assert_one_sentence(result)
+    assert not (tmp_path / "run" / "model.pt").exists()
+
+
+# Good input.
+
+
+def test_greedy_text_with_pass_equals_the_text_without(call, tiny_checkpoint):
+    settings = ["--checkpoint", tiny_checkpoint, "--prompt", "Hi", "--temperature", "0", "--dtype", "float32", "--json"]
+    plain, fused, two_pass = (
+        json.loads(call(sample, *settings, *extra).out) for extra in ([], ["--pass"], ["--pass", "two-pass"])
+    )
+    assert plain["text"] == fused["text"] == two_pass["text"]
+    assert fused["passes"] <= two_pass["passes"] <= plain["passes"] == len(plain["tokens"])
+    assert set(plain) == {"text", "tokens", "passes", "tokens_per_pass", "acceptance", "tokens_per_second", "method"}
+    assert [run["method"] for run in (plain, fused, two_pass)] == ["autoregressive", "pass", "pass-two-pass"]
+
+
+def test_the_same_seed_gives_the_same_text_without_escape_codes_in_a_pipe(call, tiny_checkpoint):
+    settings = ["--checkpoint", tiny_checkpoint, "--prompt", "Hi", "--pass", "--temperature", "1"]
+    first, second, other = (call(sample, *settings, "--seed", seed) for seed in (1, 1, 2))
+    assert first.out == second.out != other.out
+    assert first.out.startswith(b"Hi")
+    assert b"\033" not in first.out
+    assert "tokens/pass" in first.err
+
+
+def test_a_prompt_may_hold_any_bytes(call, tiny_checkpoint):
+    result = call(sample, "--checkpoint", tiny_checkpoint, "--prompt", "-", stdin="\N{SNOWMAN}".encode() + b"\xff!")
+    assert result.status == 0
+    assert result.out.decode().startswith("\N{SNOWMAN}\N{REPLACEMENT CHARACTER}!")
+
+
+def test_a_character_split_over_tokens_comes_out_whole(capsys):
+    printer = sample.TextPrinter(build_encoding([]), coloured=False)
+    for byte in "a\N{SNOWMAN}b".encode():
+        printer.write([byte], ["free"])
+    assert capsys.readouterr().out == "a\N{SNOWMAN}b"
+
+
+def test_compare_prints_both_methods(call, tiny_checkpoint):
+    result = call(sample, "--checkpoint", tiny_checkpoint, "--prompt", "Hi", "--max-new-tokens", "5", "--compare")
+    assert result.status == 0
+    assert b"autoregressive" in result.out
+    assert b"speed-up" in result.out
+
+
+def test_a_reader_who_goes_away_is_no_error(tiny_checkpoint):
+    command = [sys.executable, "sample.py", "--checkpoint", str(tiny_checkpoint), "--prompt", "Hi\n"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert "Traceback" not in process.stderr.read()
+
+
+def test_an_interrupted_training_run_saves_and_goes_on(tmp_path):
+    command = [sys.executable, "train_tiny.py", "--data", plain_text(tmp_path), "--out", tmp_path / "run"]
+    command += ["--steps", "100000", "--save-every", "100000", "--batch-size", "2", "--groups", "2", *SIZES]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run/loss.png").exists() and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "--resume goes on" in out
+    assert checkpoint.load(tmp_path / "run/last.pt").training["step"] > 0
