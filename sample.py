@@ -1,7 +1,8 @@
 """Continues a prompt, with or without PaSS: `python sample.py --pass` shows which tokens were drafted in parallel.
 
 The text goes to standard output as it comes, coloured by origin on a terminal; one line of statistics follows on
-standard error. `--compare` times the same prompt with and without PaSS, `--json` prints one object instead of text.
+standard error. `--compare` times the same prompt with and without PaSS, `--json` prints one object instead of text,
+`--trace` writes a page that shows what each round drafted and kept.
 """
 
 import argparse
@@ -12,14 +13,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from minipass import checkpoint
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.errors import InputError
-from minipass.generate import ACCEPTED, BONUS, CORRECTED, Generation, Round, stream
+from minipass.generate import ACCEPTED, BONUS, CORRECTED, DEFAULT_LOOKAHEAD, Generation, Round, stream
 from minipass.tokenizer import encode_bytes
+from minipass.trace import Trace
 
 DEFAULT_PROMPT = '''class Stack:
     """A last-in, first-out collection of items."""
@@ -30,8 +33,7 @@ DEFAULT_PROMPT = '''class Stack:
     def __len__(self):
         return len(self._items)
 
-    def push(self, item):
-'''
+    def push(self, item):'''  # no line end: the tokens of this text hold it together with the indentation behind it
 COLOURS = {ACCEPTED: "32", BONUS: "36", CORRECTED: "33"}  # green, cyan, yellow; a free token stays as it is
 METHOD_OF = {None: "autoregressive", "fused": "pass", "two-pass": "pass-two-pass"}
 
@@ -52,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     add("--top-k", type=int, default=10, help="draw from the k most likely tokens (default: %(default)s)")
     add("--top-p", type=float, help="draw from the fewest tokens with this probability (default: all)")
-    add("--lookahead", type=int, help="drafts in a round, L (default: 4, or what the model has)")
+    add("--lookahead", type=int, help=f"drafts in a round, L (default: {DEFAULT_LOOKAHEAD}, the fastest on a CPU)")
     add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, bfloat16 where "
@@ -60,9 +62,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--checkpoint", default="joint", help="a file, or the name of one in the package (default: %(default)s)")
     add("--compare", action="store_true", help="time the prompt with and without PaSS, side by side")
     add("--json", action="store_true", help="print one JSON object")
+    add("--trace", type=Path, metavar="PATH", help="also write a web page that shows every round")
     args = parser.parse_args()
-    if args.compare and args.json:
-        raise InputError("--compare and --json exclude each other")
+    if args.compare and (args.json or args.trace):
+        raise InputError(f"--compare and {'--json' if args.json else '--trace'} exclude each other")
+    if args.trace and not args.trace.name:
+        raise InputError(f"--trace must name a file, not {args.trace}")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2**63 - 1, not {args.seed}")
     return args
@@ -165,8 +170,16 @@ def main() -> None:
         compare(rounds_of, METHOD_OF[args.variant or "fused"])
         return
     method = METHOD_OF[args.variant]
+    names = ("checkpoint", "temperature", "top_k", "top_p", "lookahead", "seed")
+    given = {name.replace("_", "-"): getattr(args, name) for name in names if getattr(args, name) is not None}
+    trace = Trace(encoding, prompt, {"method": method, **given, "dtype": str(dtype).removeprefix("torch.")})
+
+    def keep(record: Round) -> None:
+        if args.trace:
+            trace.add(record)
+
     if args.json:
-        result, seconds = run(rounds_of(method))
+        result, seconds = run(rounds_of(method), keep)
         tokens = result.tokens[0]
         text = encoding.decode_bytes([token for token in tokens if token != encoding.eot_token])
         figures = {
@@ -179,6 +192,8 @@ def main() -> None:
             "method": method,
         }
         print(json.dumps(figures))
+        if args.trace:
+            trace.write(args.trace)
         return
     sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show every character
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -191,10 +206,16 @@ def main() -> None:
         yield first
         yield from rounds
 
-    result, seconds = run(all_rounds(), lambda record: printer.write(record.tokens[0], record.origins[0]))
+    def show(record: Round) -> None:
+        printer.write(record.tokens[0], record.origins[0])
+        keep(record)
+
+    result, seconds = run(all_rounds(), show)
     printer.write_bytes(b"", final=True)
     print(flush=True)
     print(statistics_line(result, seconds, coloured and sys.stderr.isatty()), file=sys.stderr)
+    if args.trace:
+        trace.write(args.trace)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ and s alone.
 import argparse
 import json
 import math
+import os
 import signal
 import time
 from contextlib import nullcontext
@@ -88,8 +89,10 @@ def parse_arguments() -> argparse.Namespace:
             raise InputError(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
     if not 0 <= args.decay <= 1:
         raise InputError(f"--decay must lie in [0, 1], not {args.decay}")
-    if args.groups < 1 or args.seed < 0:
-        raise InputError(f"--groups must be at least 1 and --seed at least 0, not {args.groups} and {args.seed}")
+    if args.groups < 1:
+        raise InputError(f"--groups must be at least 1, not {args.groups}")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed must lie in 0..2**63 - 1, not {args.seed}")
     if args.steps is None and args.minutes is None:
         args.minutes = 10.0
     if args.lr is None:
@@ -182,7 +185,7 @@ def main() -> None:
         if name not in NOT_PART_OF_A_RUN
     }
     last = args.out / "last.pt"
-    if last.exists() and not args.resume:
+    if os.path.exists(last) and not args.resume:  # False where Path.exists raises: a name that is too long
         raise InputError(f"{args.out} already holds a run: go on with --resume, or name another folder with --out")
     state = None
     if args.resume:

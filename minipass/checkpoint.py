@@ -45,7 +45,8 @@ def atomic_write(path: Path, write) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise InputError(f"cannot write {path}: {_first_line(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        if os.path.isfile(temporary):
+            temporary.unlink()
 
 
 def save(
@@ -74,9 +75,9 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
     Raises InputError for a file that is missing, damaged, of another kind or version, or that would run code.
     """
     path = Path(path)
-    if not path.exists() and path.parent == Path(".") and not path.suffix:
+    if not os.path.exists(path) and path.parent == Path(".") and not path.suffix:
         path = SHIPPED / f"{path.name}.pt"
-    if not path.is_file():
+    if not os.path.isfile(path):  # False where Path.is_file raises: a name that is too long
         names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.pt"))) or "none"
         raise InputError(f"there is no checkpoint {path} (shipped with the package: {names})")
     try:
@@ -96,13 +97,17 @@ def load(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.d
         model.load_state_dict(content["weights"])
         tokenizer = content["tokenizer"]
         encoding = gpt2_encoding() if tokenizer["name"] == "gpt2" else encoding_of(tokenizer["tokens"])
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        record, training = content.get("record") or {}, content.get("training")
+        if not isinstance(record, dict) or not isinstance(training, dict | None):
+            raise TypeError("its training record is not a dictionary")
+    except Exception as error:  # tiktoken asserts, others raise what they like
         raise InputError(f"{path} does not hold what its config says: {_first_line(error)}") from error
     if encoding.n_vocab != model.config.vocab_size:
         raise InputError(f"{path} has {encoding.n_vocab} tokens but a model of {model.config.vocab_size}")
     model.to(device=device, dtype=dtype).eval()
-    return Checkpoint(model, encoding, content.get("record") or {}, content.get("training"))
+    return Checkpoint(model, encoding, record, training)
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first

@@ -47,8 +47,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main; a user's mistake becomes one sentence on standard error and exit status 2."""
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        finally:  # also behind --help, which ends with SystemExit
+            print(end="", flush=True)
     except InputError as error:
         sentence = " ".join(str(error).split())
         print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
@@ -57,5 +59,14 @@ def run_script(main: Callable[[], None]) -> None:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader went away (`| head`): nothing is wrong, and nothing more can be said
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         sys.exit(0)
+    except OSError as error:  # standard output takes no more, as on a full disk, or standard input gives nothing
+        print(f"{os.path.basename(sys.argv[0])}: {error.strerror or error}", file=sys.stderr)
+        _discard_output()
+        sys.exit(2)
+
+
+def _discard_output() -> None:
+    """Sends what standard output still holds to nowhere, else Python tries once more at its end and complains."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

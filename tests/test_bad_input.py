@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import sample  # noqa: E402
 import train_tiny  # noqa: E402
 
+TOO_LONG = "x" * 300  # for a file's name
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 
 
@@ -84,6 +85,9 @@ SAMPLE_MISTAKES = [
     ["--top-p", "nan"],
     ["--max-new-tokens", "0"],
     ["--seed", "-1"],
+    ["--seed", str(2**63)],
+    ["--json", "--temperature", "nan"],
+    ["--compare", "--top-k", "0"],
     ["--dtype", "int4"],
     ["--device", "abacus"],
     ["--device", "mps"],
@@ -91,6 +95,7 @@ SAMPLE_MISTAKES = [
     ["--checkpoint", "no-such-model"],
     ["--checkpoint", "/no/such/file.pt"],
     ["--checkpoint", "/"],
+    pytest.param(["--checkpoint", TOO_LONG], id="a checkpoint's name that is too long"),
     ["--compare", "--json"],
 ]
 
@@ -104,20 +109,46 @@ def test_an_empty_standard_input_is_one_sentence(call, tiny_checkpoint):
     assert_one_sentence(call(sample, "--checkpoint", tiny_checkpoint, "--prompt", "-"))
 
 
-@pytest.mark.parametrize("kind", ["truncated", "text", "pickle", "version"])
-def test_a_bad_checkpoint_is_one_sentence(call, tiny_checkpoint, tmp_path, kind):
-    path, good = tmp_path / "bad.pt", tiny_checkpoint.read_bytes()
+class MakesFolder:
+    """Pickled, this asks the reader to make a folder."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("script", [sample, train_tiny], ids=["sample", "train_tiny"])
+@pytest.mark.parametrize("kind", ["empty", "truncated", "text", "pickle", "version"])
+def test_a_bad_checkpoint_is_one_sentence(call, tiny_checkpoint, tmp_path, script, kind):
+    path, good, marker = tmp_path / "bad.pt", tiny_checkpoint.read_bytes(), tmp_path / "the pickle's code ran"
     if kind == "version":
         torch.save(torch.load(tiny_checkpoint, weights_only=True) | {"version": 0}, path)
     else:
-        path.write_bytes({"truncated": good[:5000], "text": b"hello\n", "pickle": pickle.dumps(os.getcwd)}[kind])
-    assert_one_sentence(call(sample, "--checkpoint", path))
+        pickled = pickle.dumps(MakesFolder(marker))
+        path.write_bytes({"empty": b"", "truncated": good[:5000], "text": b"hello\n", "pickle": pickled}[kind])
+    where = ["--checkpoint"] if script is sample else ["--data", plain_text(tmp_path), "--out", tmp_path, "--init"]
+    assert_one_sentence(call(script, *where, path))
+    assert not marker.exists()
 
 
-def test_an_unknown_variant_has_exit_status_2(call, tiny_checkpoint):
-    result = call(sample, "--pass", "bogus")
-    assert result.status == 2
-    assert "invalid choice" in result.err
+@pytest.mark.parametrize(
+    ("script", "arguments", "complaint"),
+    [
+        (sample, ["--pass", "bogus"], "invalid choice"),
+        (sample, ["--top-k", "many"], "invalid int value"),
+        (sample, ["--no-such-flag"], "unrecognized arguments"),
+        (train_tiny, ["--stage", "bogus"], "invalid choice"),
+        (train_tiny, ["--loss", "bogus"], "invalid choice"),
+        (train_tiny, ["--steps", "1.5"], "invalid int value"),
+    ],
+)
+def test_what_the_command_line_does_not_know_is_told_with_exit_status_2(call, script, arguments, complaint):
+    result = call(script, *arguments)
+    assert (result.status, result.out) == (2, b"")
+    assert complaint in result.err
+    assert "Traceback" not in result.err
 
 
 def plain_text(folder: Path) -> Path:
@@ -146,10 +177,13 @@ TRAINING_MISTAKES = [
     ["--lr", "nan"],
     ["--decay", "2"],
     ["--seed", "-1"],
+    ["--seed", str(2**70)],
     ["--dtype", "int4"],
+    ["--device", "abacus"],
     pytest.param(["--device", "cuda"], marks=NO_CUDA),
     ["--stage", "lookahead"],
     ["--init", "/no/such/file.pt"],
+    pytest.param(["--out", TOO_LONG], id="a folder's name that is too long"),
 ]
 
 
@@ -166,6 +200,20 @@ def test_a_mistake_in_training_is_one_sentence(call, tmp_path, arguments):
                   "--batch-size", "2", "--groups", "2", *SIZES, *arguments)  # fmt: skip
     assert_one_sentence(result)
     assert not (tmp_path / "run" / "model.pt").exists()
+
+
+def test_a_run_that_cannot_go_on_so_is_one_sentence_and_stays_as_it_is(call, tmp_path):
+    run = ["--data", plain_text(tmp_path), "--out", tmp_path / "run", "--steps", "1", "--batch-size", "2"]
+    run += ["--groups", "2", *SIZES]
+    assert call(train_tiny, *run).status == 0
+    last = tmp_path / "run/last.pt"
+    before = last.read_bytes()
+    assert_one_sentence(call(train_tiny, *run))
+    assert_one_sentence(call(train_tiny, *run, "--resume", "--n-embd", "32"))
+    assert_one_sentence(call(train_tiny, *run, "--resume", "--seed", "1"))
+    assert last.read_bytes() == before
+    last.write_bytes(before[: len(before) // 2])
+    assert_one_sentence(call(train_tiny, *run, "--resume"))
 
 
 # Good input.
@@ -211,23 +259,57 @@ def test_compare_prints_both_methods(call, tiny_checkpoint):
     assert b"speed-up" in result.out
 
 
-def test_a_reader_who_goes_away_is_no_error(tiny_checkpoint):
-    command = [sys.executable, "sample.py", "--checkpoint", str(tiny_checkpoint), "--prompt", "Hi\n"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.close()
+def test_ctrl_c_while_sampling_has_exit_status_130_and_no_traceback(call, tiny_checkpoint, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "stream", interrupted)
+    result = call(sample, "--checkpoint", tiny_checkpoint, "--prompt", "Hi")
+    assert result.status == 130
+    assert result.err.split() == ["interrupted"]
+
+
+def start(*command, **pipes) -> subprocess.Popen:
+    """A script in a process of its own, its output buffered as in a user's shell."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **pipes)
+
+
+@pytest.mark.parametrize("output", ["--pass", "--json", "--help"])
+def test_a_reader_who_goes_away_is_no_error(tiny_checkpoint, output):
+    process = start("sample.py", "--checkpoint", tiny_checkpoint, "--prompt", "Hi\n", output, stdout=subprocess.PIPE)
+    process.stdout.close()  # as `| head` does when it has read enough
+    with process.stderr:
+        assert process.stderr.read() == ""
     assert process.wait(60) == 0
-    assert "Traceback" not in process.stderr.read()
 
 
-def test_an_interrupted_training_run_saves_and_goes_on(tmp_path):
-    command = [sys.executable, "train_tiny.py", "--data", plain_text(tmp_path), "--out", tmp_path / "run"]
-    command += ["--steps", "100000", "--save-every", "100000", "--batch-size", "2", "--groups", "2", *SIZES]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run/loss.png").exists() and process.poll() is None:
-        time.sleep(0.1)
-    time.sleep(1)
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this machine has no /dev/full")
+def test_a_full_disk_behind_the_output_is_one_sentence(tiny_checkpoint):
+    with open("/dev/full", "w") as full:
+        process = start("sample.py", "--checkpoint", tiny_checkpoint, "--prompt", "Hi\n", stdout=full)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err == "sample.py: No space left on device\n"
+
+
+def test_an_interrupted_training_run_saves_and_goes_on(call, tmp_path):
+    log, last = tmp_path / "run/log.jsonl", tmp_path / "run/last.pt"
+    run = ["--data", plain_text(tmp_path), "--out", tmp_path / "run", "--steps", "100000", "--batch-size", "2"]
+    run += ["--groups", "2", *SIZES]
+    process = start("train_tiny.py", *run, "--save-every", "1", stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "--resume goes on" in out
-    assert checkpoint.load(tmp_path / "run/last.pt").training["step"] > 0
+    assert "Traceback" not in err
+    state = checkpoint.load(last).training
+    assert state["step"] == len(log.read_text().splitlines()) > 0
+    minutes = state["seconds"] / 60 + 0.0005  # a few more steps, for the 100,000 would take too long
+    assert call(train_tiny, *run, "--resume", "--minutes", minutes).status == 0
+    assert checkpoint.load(tmp_path / "run/model.pt").record["step"] > state["step"]

@@ -126,12 +126,61 @@ def change_nothing_else(path, **changes):
         {"weights": {}},
         {"tokenizer": {"name": "minipass"}},
         {"tokenizer": {"name": "minipass", "tokens": [bytes([byte]) for byte in range(256)]}},
+        {"tokenizer": {"name": "minipass", "tokens": [b"a", b"a"]}},
+        {"tokenizer": {"name": "minipass", "tokens": "abc"}},
+        {"tokenizer": None},
+        {"weights": None},
+        {"weights": {1: torch.zeros(2)}},
+        {"record": "trained with care"},
+        {"training": [1, 2, 3]},
     ],
 )
 def test_a_file_that_does_not_fit_together_is_refused(saved, changes):
     change_nothing_else(saved, **changes)
     with pytest.raises(InputError):
         checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("key", ["format", "version", "config", "weights", "tokenizer"])
+def test_a_file_with_a_part_left_out_is_refused(saved, key):
+    content = torch.load(saved, weights_only=True)
+    del content[key]
+    torch.save(content, saved)
+    with pytest.raises(InputError):
+        checkpoint.load(saved)
+
+
+def test_weights_of_another_size_are_refused_in_a_message_that_names_them(saved):
+    content = torch.load(saved, weights_only=True)
+    content["weights"]["wpe.weight"] = torch.zeros(5, 8)
+    torch.save(content, saved)
+    with pytest.raises(InputError, match="wpe.weight"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".pt", ".", ""])
+def test_a_name_that_cannot_be_a_file_is_refused(name):
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        checkpoint.load(name)
+
+
+@pytest.mark.parametrize("place", ["model.pt/below/a/file.pt", "x" * 300])
+def test_a_place_that_cannot_be_written_is_an_input_error(saved, small, encoding, place):
+    with pytest.raises(InputError, match="cannot write"):
+        checkpoint.save(saved.parent / place, small, encoding, {})
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_the_state_for_going_on_comes_back(tmp_path, small, encoding):
+    optimizer = torch.optim.AdamW(small.parameters())
+    small(torch.tensor([[1, 2, 3]])).sum().backward()
+    optimizer.step()
+    training = {"step": 3, "optimizers": [optimizer.state_dict()]}
+    checkpoint.save(tmp_path / "last.pt", small, encoding, {}, training=training)
+    loaded = checkpoint.load(tmp_path / "last.pt").training
+    assert loaded["step"] == 3
+    moment = optimizer.state_dict()["state"][0]["exp_avg"]
+    assert torch.equal(loaded["optimizers"][0]["state"][0]["exp_avg"], moment)
 
 
 def test_a_torch_file_of_something_else_is_refused(tmp_path):

@@ -86,12 +86,27 @@ def test_the_target_is_not_pulled_towards_the_draft(kind, model, text, cuts):
 
 
 @torch.no_grad()
+def test_evaluation_reports_the_overlap_of_draft_and_target_distributions(model, text):
+    cuts = random_cuts(B, T, G, L, np.random.default_rng(0))  # evaluate's own
+    text_logits, draft_logits = training_pass(model, text[:, :-1], cuts)
+    overlap, match = torch.zeros(L), torch.zeros(L)
+    for b, g, i in np.ndindex(B, G, L):
+        p, q = draft_logits[b, g, i].softmax(-1), text_logits[b, cuts[b, g] + i + 1].softmax(-1)
+        overlap[i] += sum(min(pair) for pair in zip(p.tolist(), q.tolist(), strict=True)) / (B * G)
+        match[i] += (p.argmax() == q.argmax()) / (B * G)
+    figures = evaluate(model, text, n_groups=G)
+    assert figures["acceptance"] == pytest.approx(overlap.tolist(), rel=1e-4)
+    assert figures["match"] == pytest.approx(match.tolist(), rel=1e-4)
+    assert figures["loss"] == pytest.approx(next_token_loss(text_logits, text[:, 1:]).item(), rel=1e-4)
+
+
+@torch.no_grad()
 def test_next_token_loss_of_an_even_guess_is_the_log_of_the_vocabulary(text):
     loss = next_token_loss(torch.zeros(B, T, V), text[:, 1:])
     torch.testing.assert_close(loss, torch.tensor(float(V)).log())
 
 
-def test_evaluation_is_repeatable_and_a_perfect_drafter_would_score_one(model, text):
+def test_evaluation_is_repeatable_and_its_figures_are_shares(model, text):
     figures = evaluate(model, text, n_groups=G)
     assert figures == evaluate(model, text, n_groups=G)
     assert len(figures["acceptance"]) == len(figures["match"]) == L

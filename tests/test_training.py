@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -28,28 +29,39 @@ def corpus(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def train(corpus, monkeypatch):
-    """train(out, "--steps", "3", ...): runs train_tiny.py's main on the corpus; returns what is in model.pt."""
+@pytest.fixture(scope="session")
+def run_training(corpus):
+    """run_training(out, "--steps", "3", ...): runs train_tiny.py's main on the corpus."""
+
+    def run(out: Path, *arguments: str) -> None:
+        handler = signal.getsignal(signal.SIGINT)  # the script takes Ctrl-C for itself; pytest gets it back
+        argv = ["train_tiny.py", "--data", str(corpus), "--out", str(out), *SMALL, *arguments]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", argv)
+            try:
+                train_tiny.main()
+            finally:
+                signal.signal(signal.SIGINT, handler)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train(run_training):
+    """train(out, "--steps", "3", ...): a run that comes to its end; returns what is in its model.pt."""
 
     def run(out: Path, *arguments: str) -> checkpoint.Checkpoint:
-        monkeypatch.setattr(
-            sys, "argv", ["train_tiny.py", "--data", str(corpus), "--out", str(out), *SMALL, *arguments]
-        )
-        train_tiny.main()
+        run_training(out, *arguments)
         return checkpoint.load(out / "model.pt")
 
     return run
 
 
 @pytest.fixture(scope="module")
-def base(corpus, tmp_path_factory) -> Path:
+def base(run_training, tmp_path_factory) -> Path:
     """A base model of 4 steps."""
-    out, patch = tmp_path_factory.mktemp("base"), pytest.MonkeyPatch()
-    patch.setattr(sys, "argv", ["train_tiny.py", "--stage", "base", "--data", str(corpus), "--out", str(out), "--steps",
-                                "4", *SMALL, *SIZES])  # fmt: skip
-    train_tiny.main()
-    patch.undo()
+    out = tmp_path_factory.mktemp("base")
+    run_training(out, "--stage", "base", "--steps", "4", *SIZES)
     return out / "model.pt"
 
 
@@ -76,26 +88,77 @@ def test_the_joint_stage_moves_everything(train, base, tmp_path):
     assert {"lookahead", "wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight", "ln_f.weight"} <= names
 
 
-def test_a_resumed_run_ends_with_the_numbers_of_an_unbroken_one(train, tmp_path, monkeypatch):
-    arguments = ["--steps", "6", "--save-every", "2", "--eval-every", "3", *SIZES]
-    unbroken = train(tmp_path / "unbroken", *arguments)
+SIX_STEPS = ["--steps", "6", "--save-every", "2", "--eval-every", "3", *SIZES]
 
-    calls, real = [], losses.lookahead_loss
 
-    def fail_in_the_fifth_step(*args):
-        calls.append(1)
-        if len(calls) == 5:
-            raise RuntimeError("power cut")
-        return real(*args)
+@pytest.fixture(scope="module")
+def unbroken(run_training, tmp_path_factory) -> Path:
+    """The folder of a run of six steps that nothing stopped."""
+    out = tmp_path_factory.mktemp("unbroken")
+    run_training(out, *SIX_STEPS)
+    return out
 
-    monkeypatch.setattr(losses, "lookahead_loss", fail_in_the_fifth_step)
+
+@pytest.fixture
+def in_the_fifth_step(monkeypatch):
+    """in_the_fifth_step(action): the next run calls action() in the middle of its step 5."""
+
+    def arrange(action) -> None:
+        calls, real = [], losses.lookahead_loss
+
+        def lookahead_loss(*args):
+            calls.append(1)
+            if len(calls) == 5:
+                action()
+            return real(*args)
+
+        monkeypatch.setattr(losses, "lookahead_loss", lookahead_loss)
+
+    return arrange
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Same weights to the last bit, and the same log."""
+    assert moved(one / "model.pt", checkpoint.load(other / "model.pt")) == set()
+    assert moved(one / "last.pt", checkpoint.load(other / "last.pt")) == set()  # float32
+    assert (one / "log.jsonl").read_text() == (other / "log.jsonl").read_text()
+
+
+def power_cut() -> None:
+    raise RuntimeError("power cut")
+
+
+def test_a_run_resumed_after_a_crash_ends_as_an_unbroken_one(train, unbroken, tmp_path, in_the_fifth_step):
+    in_the_fifth_step(power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
-        train(tmp_path / "broken", *arguments)
-    monkeypatch.setattr(losses, "lookahead_loss", real)
-    resumed = train(tmp_path / "broken", *arguments, "--resume")
-    for name, value in unbroken.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name])
-    assert (tmp_path / "broken/log.jsonl").read_text() == (tmp_path / "unbroken/log.jsonl").read_text()
+        train(tmp_path, *SIX_STEPS)
+    assert checkpoint.load(tmp_path / "last.pt").training["step"] == 4
+    train(tmp_path, *SIX_STEPS, "--resume")
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_a_run_resumed_after_ctrl_c_ends_as_an_unbroken_one(
+    run_training, unbroken, tmp_path, in_the_fifth_step, capsys
+):
+    in_the_fifth_step(lambda: signal.raise_signal(signal.SIGINT))
+    run_training(tmp_path, *SIX_STEPS)
+    assert "stopped after step 5" in capsys.readouterr().out  # the step in hand was finished, and it says how to go on
+    assert not (tmp_path / "model.pt").exists()
+    run_training(tmp_path, *SIX_STEPS, "--resume")
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_a_second_ctrl_c_stops_at_once(run_training, tmp_path, in_the_fifth_step):
+    in_the_fifth_step(lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt):
+        run_training(tmp_path, *SIX_STEPS)
+    assert checkpoint.load(tmp_path / "last.pt").training["step"] == 4
+
+
+def test_resuming_a_finished_run_changes_nothing(run_training, unbroken, tmp_path):
+    run_training(tmp_path, *SIX_STEPS)
+    run_training(tmp_path, *SIX_STEPS, "--resume")
+    assert_same_run(unbroken, tmp_path)
 
 
 def test_the_same_seed_gives_the_same_model_and_another_seed_another(train, tmp_path):
@@ -132,5 +195,27 @@ def test_a_run_is_not_overwritten_and_resumes_only_with_its_own_settings(train, 
     train(tmp_path, "--steps", "1", *SIZES)
     with pytest.raises(InputError, match="already holds a run"):
         train(tmp_path, "--steps", "1", *SIZES)
-    with pytest.raises(InputError, match="has seed 0, not 1"):
-        train(tmp_path, "--steps", "1", *SIZES, "--resume", "--seed", "1")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for changed in (["--seed", "1"], ["--n-embd", "32"], ["--lr", "0.1"], ["--stage", "base"], ["--steps", "2"]):
+        with pytest.raises(InputError, match=f"has {changed[0][2:].replace('-', '_')} .*, not .*{changed[1]}"):
+            train(tmp_path, "--steps", "1", *SIZES, "--resume", *changed)
+    assert before == {file: file.read_bytes() for file in tmp_path.iterdir()}
+
+
+def test_a_base_needs_no_lookahead_tokens_and_other_stages_say_that_they_do(train, tmp_path):
+    loaded = train(tmp_path / "base", "--stage", "base", "--steps", "1", *SIZES, "--n-lookahead", "0")
+    assert loaded.model.lookahead.shape == (0, 16)
+    assert loaded.record["acceptance"] == []
+    with pytest.raises(InputError, match="needs look-ahead tokens"):
+        train(tmp_path / "joint", "--stage", "joint", "--steps", "1", *SIZES, "--n-lookahead", "0")
+
+
+def test_only_the_table_may_have_another_size_than_the_base(train, base, tmp_path):
+    with pytest.raises(InputError, match="cannot be changed"):
+        train(tmp_path, "--init", str(base), "--steps", "1", "--n-embd", "32")
+
+
+def test_half_precision_trains_as_well(train, tmp_path):
+    for dtype in ("bfloat16", "float16"):
+        loaded = train(tmp_path / dtype, "--steps", "2", *SIZES, "--dtype", dtype)
+        assert all(value.isfinite().all() for value in loaded.model.state_dict().values())
