@@ -7,6 +7,7 @@ executes no code: `torch.load(weights_only=True)` builds tensors and plain conta
 import os
 import pickle
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,13 @@ class Checkpoint:
     training: dict[str, Any] | None
 
 
-def atomic_write(path: Path, write) -> None:
+def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls write(temporary path) and renames the result to `path`; on any failure `path` stays as it was.
 
     Raises InputError when the folder or the disk does not take the file.
     """
+    if not path.name:
+        raise InputError(f"cannot write {path}: it is a folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +48,7 @@ def atomic_write(path: Path, write) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise InputError(f"cannot write {path}: {_first_line(error)}") from error
     finally:
-        if os.path.isfile(temporary):
+        if os.path.isfile(temporary):  # False, not an error, where the folder itself is none
             temporary.unlink()
 
 
