@@ -32,7 +32,7 @@ def probabilities(
     """
     check_sampling(temperature, top_k, top_p)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    if temperature == 0:
+    if temperature < torch.finfo(logits.dtype).tiny:  # 0, or so little that it would round to 0
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature then overflows to -inf, not to inf - inf
     logits = logits / temperature

@@ -230,6 +230,19 @@ def test_greedy_text_with_pass_equals_the_text_without(call, tiny_checkpoint):
     assert [run["method"] for run in (plain, fused, two_pass)] == ["autoregressive", "pass", "pass-two-pass"]
 
 
+def test_a_trained_model_writes_the_same_text_in_fewer_passes_fused_in_the_fewest(call, tmp_path):
+    training = "--steps 200 --batch-size 4 --groups 4 --block-size 64 --n-embd 32 --lr 0.02 --dtype float32".split()
+    call(train_tiny, "--data", plain_text(tmp_path), "--out", tmp_path / "run", *SIZES, *training)
+    settings = ["--checkpoint", tmp_path / "run/model.pt", "--prompt", "one line after", "--temperature", "0"]
+    plain, fused, two_pass = (
+        json.loads(call(sample, *settings, "--dtype", "float32", "--json", *extra).out)
+        for extra in ([], ["--pass"], ["--pass", "two-pass"])
+    )
+    assert plain["text"] == fused["text"] == two_pass["text"]
+    assert plain["text"].startswith(" the other")
+    assert fused["passes"] < two_pass["passes"] < plain["passes"]
+
+
 def test_the_same_seed_gives_the_same_text_without_escape_codes_in_a_pipe(call, tiny_checkpoint):
     settings = ["--checkpoint", tiny_checkpoint, "--prompt", "Hi", "--pass", "--temperature", "1"]
     first, second, other = (call(sample, *settings, "--seed", seed) for seed in (1, 1, 2))

@@ -58,9 +58,10 @@ def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_it(top_p):
         torch.testing.assert_close(probs[row], expected)
 
 
-def test_a_tiny_temperature_is_greedy_and_not_nan():
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-50, 1e-300])
+def test_a_tiny_temperature_is_greedy_and_not_nan(temperature):
     logits = torch.tensor([[100.0, 3.0, 99.0]])
-    assert probabilities(logits, 1e-30).tolist() == [[1, 0, 0]]
+    assert probabilities(logits, temperature).tolist() == [[1, 0, 0]]
 
 
 def test_half_precision_logits_give_float32_probabilities():
