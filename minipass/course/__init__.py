@@ -1,0 +1,85 @@
+"""The course: `python -m minipass.course FOLDER` writes a handout in which eight exercises are to be written.
+
+A handout is this package with the bodies of the exercises' functions taken out, their graders, and ASSIGNMENT.md.
+Which functions these are stands in grading.py; they are found in the syntax tree, so the code carries no marks.
+"""
+
+import argparse
+import ast
+from collections.abc import Iterable
+from pathlib import Path
+
+from minipass.course.grading import EXERCISES, placeholder
+from minipass.errors import InputError
+
+COURSE = Path(__file__).parent
+PACKAGE = COURSE.parent
+SCRIPTS = ("bench.py", "sample.py", "train_tiny.py")  # beside the package, where it comes from a clone
+PYPROJECT = """[tool.pytest.ini_options]
+pythonpath = ["."] # this folder's minipass, not one that is installed
+testpaths = ["tests"]
+addopts = "--tb=short"
+markers = [
+{markers}]
+"""
+
+
+def write_handout(folder: Path) -> None:
+    """Writes the handout. Raises InputError when `folder` has something in it or cannot be written."""
+    try:
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise InputError(f"{folder} is there already and not an empty folder; name a new one")
+        for part in ("minipass", "tests"):
+            (folder / part).mkdir(parents=True)
+        for name, text in handout().items():
+            (folder / name).write_text(text, "utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}") from error
+
+
+def handout(exercises: Iterable[int] = tuple(EXERCISES)) -> dict[str, str]:
+    """The text of each file of a handout by its path; `exercises` are those to be written."""
+    exercises = tuple(exercises)
+    files = {f"minipass/{path.name}": with_gaps(path, exercises) for path in sorted(PACKAGE.glob("*.py"))}
+    files |= {name: (PACKAGE.parent / name).read_text("utf-8") for name in SCRIPTS if (PACKAGE.parent / name).is_file()}
+    files["tests/conftest.py"] = (COURSE / "grading.py").read_text("utf-8")
+    files["tests/test_exercises.py"] = (COURSE / "test_exercises.py").read_text("utf-8")
+    files["ASSIGNMENT.md"] = (COURSE / "ASSIGNMENT.md").read_text("utf-8")
+    markers = (f'    "exercise_{number}: {exercise.title}",\n' for number, exercise in EXERCISES.items())
+    files["pyproject.toml"] = PYPROJECT.format(markers="".join(markers))
+    return files
+
+
+def with_gaps(path: Path, exercises: Iterable[int]) -> str:
+    """The text of a file of the package, the bodies of the exercises' functions replaced by placeholders."""
+    source = path.read_text("utf-8")
+    lines, nodes = source.splitlines(keepends=True), functions(ast.parse(source))
+    gaps = [
+        (nodes[name], placeholder(number, name))
+        for number in exercises
+        for file, name in EXERCISES[number].functions
+        if file == path.name
+    ]
+    for node, statement in sorted(gaps, key=lambda gap: -gap[0].lineno):  # from below, so that line numbers stay true
+        docstring = node.body[0]  # every one of them has one; what follows it goes, comments too
+        lines[docstring.end_lineno : node.end_lineno] = [f"{' ' * docstring.col_offset}{statement}\n"]
+    return "".join(lines)
+
+
+def functions(tree: ast.AST, prefix: str = "") -> dict[str, ast.FunctionDef]:
+    """The functions of a module and the methods of its classes, by qualified name."""
+    found = {}
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef):
+            found[prefix + node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            found |= functions(node, f"{prefix}{node.name}.")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m minipass.course", description="Writes the course's handout.")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty folder")
+    folder = parser.parse_args().folder
+    write_handout(folder)
+    print(f"wrote the handout into {folder}; begin with {folder / 'ASSIGNMENT.md'}")
