@@ -1,5 +1,7 @@
 """Tiny random models, a slow reference of the target distribution, and the chi-square test that the graders share."""
 
+import copy
+
 import pytest
 import torch
 
@@ -30,21 +32,50 @@ def draft_model() -> GPT:
     return random_model(seed=2, n_layer=1, n_lookahead=0)
 
 
+@pytest.fixture(scope="session")
+def lively_model() -> GPT:
+    """A model whose greedy text goes on changing: with random weights alone it repeats one token for ever, and then a
+    wrong position or a wrong cache length would not show."""
+    model = random_model(seed=2)
+    with torch.no_grad():
+        for block in model.h:
+            block.attn.c_proj.weight.mul_(3)  # what was read counts for more than the last token
+            block.mlp.c_proj.weight.mul_(3)
+        for name, parameter in model.named_parameters():
+            if "ln_" in name and name.endswith("weight"):
+                parameter.fill_(1)
+    return model
+
+
+@pytest.fixture(scope="session")
+def lively_draft(lively_model) -> GPT:
+    """The same model but for some noise, so that it drafts well, not perfectly."""
+    draft, generator = copy.deepcopy(lively_model), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return draft
+
+
 @torch.no_grad()
-def sequence_probabilities(model: GPT, prompt: list[int], n_new: int, **sampling) -> dict[tuple, float]:
-    """The exact probability of every continuation of n_new tokens, one plain pass of the whole text at a time."""
-    result = {(): 1.0}
-    for _ in range(n_new):
-        texts = list(result)
+def sequence_probabilities(
+    model: GPT, prompt: list[int], n_new: int, stop_token: int | None = None, **sampling
+) -> dict[tuple, float]:
+    """The exact probability of every continuation, one plain pass of the whole text at a time.
+
+    A text ends after n_new tokens, at stop_token, or where it fills the window.
+    """
+    growing, ended = {(): 1.0}, {}
+    for _ in range(min(n_new, model.config.block_size - len(prompt))):
+        texts, grown = list(growing), {}
         logits = model(torch.tensor([[*prompt, *text] for text in texts]))[:, -1]
-        after = probabilities(logits, **sampling).tolist()
-        result = {
-            (*text, token): result[text] * after[i][token]
-            for i, text in enumerate(texts)
-            for token in range(model.config.vocab_size)
-            if after[i][token] > 0
-        }
-    return result
+        for text, after in zip(texts, probabilities(logits, **sampling).tolist(), strict=True):
+            for token, probability in enumerate(after):
+                if probability > 0:
+                    goes_to = ended if token == stop_token else grown
+                    goes_to[*text, token] = growing[text] * probability
+        growing = grown
+    return growing | ended
 
 
 def chi_square_p_value(samples: list[tuple], expected: dict[tuple, float]) -> float:

@@ -39,7 +39,7 @@ def test_every_row_of_a_batch_may_have_a_tree_of_its_own():
         assert torch.equal(layout.depth[b], alone.depth[0])
 
 
-@pytest.mark.parametrize("parents", [[0], [-1, 1], [-1, 2, 0], [-2]])
+@pytest.mark.parametrize("parents", [[0], [-1, 1], [-1, 2, 0], [-2], [[-1, 0, 1], [-1, 0, 2]]])
 def test_a_parent_that_does_not_stand_before_its_row_is_refused(parents):
     with pytest.raises(ValueError, match="before it"):
         tree(np.array(parents))

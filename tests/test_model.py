@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from minipass.errors import InputError
+from minipass.generate import _prefill
 from minipass.layout import draft_layout, fused_layout, lookahead_ids, path_layout, path_with_groups
 from minipass.model import GPT, GPTConfig, KVCache
 
@@ -53,6 +54,38 @@ def test_a_pass_behind_a_cache_gives_the_logits_of_the_whole_text_without_one(ki
             seen = layout.visible[0, row].nonzero().flatten()
             whole = torch.cat([text, torch.tensor(ids)[seen]])[None]
             torch.testing.assert_close(logits[b, row], model(whole)[0, -1])
+
+
+@torch.no_grad()
+def test_ragged_prefill_gives_each_prompt_what_it_gets_alone_and_plain_decoding_goes_on_from_there(model, texts):
+    la = lookahead_ids(V, 3)
+    cache = KVCache(model.config, len(texts), 60, dtype=torch.float64)
+    cache.keys.fill_(1e4)
+    cache.values.fill_(-1e4)
+    logits = _prefill(model, cache, [text.tolist() for text in texts], la)
+    assert cache.length.tolist() == LENGTHS, "neither padding nor look-ahead rows are kept"
+    after = model(torch.tensor([[5]] * len(texts)), path_layout(1, CPU), cache)
+    for b, text in enumerate(texts):
+        alone = model(torch.cat([text, la])[None])[0]
+        torch.testing.assert_close(logits[b], alone[len(text) - 1 :])
+        torch.testing.assert_close(after[b, 0], model(torch.cat([text, torch.tensor([5])])[None])[0, -1])
+
+
+@torch.no_grad()
+def test_rows_behind_the_windows_edge_leave_the_rows_before_it_untouched(model):
+    text = torch.randint(0, V, (38,), generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([[5, 1, 2, 3]])  # positions 38 to 41 in a window of 40
+    logits = model(rows, path_layout(4, CPU), cache_of(model, [text]))
+    whole = model(torch.cat([text, rows[0, :2]])[None])
+    torch.testing.assert_close(logits[:, :2], whole[:, -2:])
+    assert logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_model_without_a_table_is_a_plain_gpt(draft_model):
+    assert draft_model.lookahead.shape == (0, 16)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(draft_model.embed(ids), draft_model.wte(ids))
 
 
 @torch.no_grad()

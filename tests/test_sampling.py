@@ -58,6 +58,14 @@ def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_it(top_p):
         torch.testing.assert_close(probs[row], expected)
 
 
+def test_top_p_counts_what_top_k_left():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
+    # top-k 2 leaves 4/7 and 3/7. The first alone reaches 0.5, though it was 0.4 before; 0.6 takes both.
+    assert (probabilities(logits, top_k=2, top_p=0.5) > 0).tolist() == [True, False, False, False]
+    expected = torch.tensor([4 / 7, 3 / 7, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(probabilities(logits, top_k=2, top_p=0.6), expected)
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-50, 1e-300])
 def test_a_tiny_temperature_is_greedy_and_not_nan(temperature):
     logits = torch.tensor([[100.0, 3.0, 99.0]])
@@ -115,11 +123,45 @@ def test_what_comes_out_has_the_target_distribution_at_each_position():
         assert chi_square_p_value([(token,) for token in tokens], expected) > 1e-3
 
 
-def test_a_draft_is_kept_as_often_as_the_distributions_overlap():
-    p, q = random_probs(1, seed=3), random_probs(2, seed=4)
+def test_a_draft_is_kept_as_often_as_the_distributions_overlap_at_each_position():
+    p, q = random_probs(3, seed=1), random_probs(4, seed=2)
     _, n_accepted, _ = accept_many(p, q)
-    overlap = torch.minimum(p[0], q[0]).sum()
-    assert abs(n_accepted.double().mean() - overlap) < 4 * math.sqrt(0.25 / 20_000)
+    for position in range(3):
+        reached = n_accepted[n_accepted >= position]
+        assert len(reached) > 500
+        kept = (reached > position).double().mean()
+        overlap = torch.minimum(p[position], q[position]).sum()
+        assert abs(kept - overlap) < 4 * math.sqrt(0.25 / len(reached))
+
+
+def test_each_prompt_of_a_batch_has_its_own_distributions_and_its_own_count():
+    p, q = random_probs(3, 1, seed=3), random_probs(3, 2, seed=4)  # of three prompts, repeated in turns
+    many_p, many_q = p.repeat(8_000, 1, 1), q.repeat(8_000, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    drafts = draw(many_p, generator)
+    n_accepted, next_token = speculative_accept(drafts, many_p, many_q, generator)
+    first = torch.where(n_accepted > 0, drafts[:, 0], next_token)
+    for prompt in range(3):
+        expected = {(token,): value for token, value in enumerate(q[prompt, 0].tolist())}
+        assert chi_square_p_value([(token,) for token in first[prompt::3].tolist()], expected) > 1e-3
+        overlap = torch.minimum(p[prompt, 0], q[prompt, 0]).sum()
+        assert abs(n_accepted[prompt::3].double().mean() - overlap) < 4 * math.sqrt(0.25 / 8_000)
+
+
+def test_a_draft_that_was_not_drawn_at_random_leaves_the_target_distribution_as_it_is():
+    p, q = torch.eye(V)[4:5].double(), random_probs(2, seed=2)
+    drafts, n_accepted, next_token = accept_many(p, q)
+    first = torch.where(n_accepted > 0, drafts[:, 0], next_token)
+    expected = {(token,): value for token, value in enumerate(q[0].tolist())}
+    assert chi_square_p_value([(token,) for token in first.tolist()], expected) > 1e-3
+
+
+def test_float32_distributions_do_as_well():
+    p, q = random_probs(1, seed=1).float(), random_probs(2, seed=2).float()
+    drafts, n_accepted, next_token = accept_many(p, q)
+    first = torch.where(n_accepted > 0, drafts[:, 0], next_token)
+    expected = {(token,): value for token, value in enumerate(q[0].double().tolist())}
+    assert chi_square_p_value([(token,) for token in first.tolist()], expected) > 1e-3
 
 
 def test_equal_distributions_keep_every_draft():
@@ -144,7 +186,8 @@ def test_a_greedy_target_keeps_the_drafts_that_it_would_have_chosen():
 
 
 def test_a_residual_that_rounding_made_zero_falls_back_to_the_target(monkeypatch):
-    p = random_probs(1)
+    p = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]], dtype=torch.float64)
     monkeypatch.setattr(torch, "rand", lambda shape, **kw: torch.full(shape, 1.0, dtype=kw["dtype"]))
-    n_accepted, _ = speculative_accept(torch.tensor([[3]]), p[None], torch.cat([p, p])[None])
-    assert n_accepted.tolist() == [0]  # q - p is zero everywhere; a token came all the same
+    n_accepted, next_token = speculative_accept(torch.tensor([[1]]), p[None], torch.cat([p, p])[None])
+    assert n_accepted.tolist() == [0]
+    assert next_token.tolist() == [3]  # q - p is zero everywhere; a token of q came all the same
