@@ -10,6 +10,7 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from minipass import checkpoint, losses
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.data import encode_documents, even_windows, read_documents, split_documents
 from minipass.errors import InputError
-from minipass.generate import METHODS, Generation, stream
+from minipass.generate import METHODS, Generation, Round, stream
+from minipass.model import GPT
 
 NGRAM = 8
 
@@ -49,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def timed_generation(rounds, device: torch.device) -> tuple[Generation, float]:
+def timed_generation(rounds: Iterator[Round], device: torch.device) -> tuple[Generation, float]:
     """Runs one prompt to its end; returns it and its tokens per second after the first round, which holds prefill."""
     result, first_tokens, began = Generation(), 0, 0.0
     for record in rounds:
@@ -72,7 +74,13 @@ def repeated_share(tokens: list[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def measure(model, prompts: list[list[int]], contenders: list[tuple[str, int]], args, device) -> list[dict]:
+def measure(
+    model: GPT,
+    prompts: list[list[int]],
+    contenders: list[tuple[str, int]],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> list[dict]:
     """Figures of each contender (method, L); the first is the baseline of the ratios."""
     generations: dict = {contender: [] for contender in contenders}
     rates: dict = {contender: [] for contender in contenders}

@@ -7,7 +7,7 @@ but the last, the root.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ class _Run:
         sampling: dict,
         stop_token: int | None,
         generator: torch.Generator | None,
-    ):
+    ) -> None:
         self.model, self.prompts, self.n_drafts = model, prompts, n_drafts
         self.sampling, self.stop_token, self.generator = sampling, stop_token, generator
         self.remaining = [min(max_new_tokens, model.config.block_size - len(prompt)) for prompt in prompts]
@@ -414,7 +414,7 @@ def stream(
         yield from _speculative(run, draft_model)
 
 
-def generate(model: GPT, prompt_ids: Prompts, max_new_tokens: int, **settings) -> Generation:
+def generate(model: GPT, prompt_ids: Prompts, max_new_tokens: int, **settings: Any) -> Generation:
     """Runs `stream` (same arguments, same errors) to its end and returns the new tokens of each prompt with counts."""
     result = Generation()
     for record in stream(model, prompt_ids, max_new_tokens, **settings):

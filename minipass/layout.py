@@ -28,6 +28,7 @@ class Layout:
     depth: torch.Tensor
 
     def to(self, device: torch.device | str) -> "Layout":
+        """The same layout on another device."""
         return Layout(self.visible.to(device), self.depth.to(device))
 
 

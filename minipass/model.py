@@ -31,7 +31,7 @@ class GPTConfig:
     n_embd: int = 256
     n_lookahead: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value, least = getattr(self, field.name), 0 if field.name == "n_lookahead" else 1
             if not isinstance(value, int) or value < least:
@@ -55,7 +55,7 @@ class KVCache:
         batch_size: int,
         max_len: int,
         *,
-        device=None,
+        device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         shape = (config.n_layer, batch_size, config.n_head, max_len, config.n_embd // config.n_head)
@@ -65,6 +65,7 @@ class KVCache:
 
     @property
     def max_len(self) -> int:
+        """Slots of each row."""
         return self.keys.shape[3]
 
     def slots(self, n_rows: int) -> torch.Tensor:
@@ -93,13 +94,23 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig):
+    """Multi-head attention over the rows of a pass and the cache."""
+
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask, cache, layer, slots):
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        slots: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x: (B, R, n_embd); mask: (B or 1, 1, R, keys) bool, None is causal. Returns (B, R, n_embd)."""
         q, k, v = self.c_attn(x).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, R, hd)
         if cache is not None:
             k, v = cache.store(layer, k, v, slots)
@@ -108,24 +119,37 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPTConfig):
+    """The two-layer network of a block, four times as wide inside."""
+
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, R, n_embd) to (B, R, n_embd)."""
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    """Attention and MLP, each behind a LayerNorm and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask, cache, layer, slots):
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        slots: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """(B, R, n_embd) to (B, R, n_embd); the arguments are Attention's."""
         x = x + self.attn(self.ln_1(x), mask, cache, layer, slots)
         return x + self.mlp(self.ln_2(x))
 
@@ -137,7 +161,7 @@ class GPT(nn.Module):
     stores the four matrices of a block transposed); the output head is wte, tied. `lookahead` is (n_lookahead, n_embd).
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -158,10 +182,12 @@ class GPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.wte.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """What the weights, the logits and the cache are in."""
         return self.wte.weight.dtype
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ def sequence_probabilities(
             for token, probability in enumerate(after):
                 if probability > 0:
                     goes_to = ended if token == stop_token else grown
-                    goes_to[*text, token] = growing[text] * probability
+                    goes_to[(*text, token)] = growing[text] * probability
         growing = grown
     return growing | ended
 

@@ -74,9 +74,7 @@ def test_pass_never_needs_more_passes_than_plain_decoding(method, lively_model):
     for _ in range(20):
         prompt = [rng.randrange(11) for _ in range(5)]
         n_new, stop = rng.randint(1, 35), rng.choice([None, 3])
-        result = generate(
-            lively_model, prompt, n_new, method=method, lookahead=rng.randint(1, 4), stop_token=stop
-        )
+        result = generate(lively_model, prompt, n_new, method=method, lookahead=rng.randint(1, 4), stop_token=stop)
         assert result.passes <= len(result.tokens[0])
 
 
