@@ -34,8 +34,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--data", default="python", help="corpus whose held-out files give the prompts (default: %(default)s)")
     add("--methods", nargs="+", default=["pass-two-pass", "pass"], choices=[m for m in METHODS if m != "speculative"],
         help="measured against autoregressive (default: pass-two-pass pass)")  # fmt: skip
-    add("--lookahead", nargs="+", type=int, default=[1, 2, 4, 8], help="draft lengths L (default: 1 2 4 8)")
-    add("--prompts", type=int, default=24, help="number of prompts (default: %(default)s)")
+    add("--lookahead", nargs="+", type=int, default=[1, 2, 3, 4, 8], help="draft lengths L (default: 1 2 3 4 8)")
+    add("--prompts", type=int, default=48, help="number of prompts (default: %(default)s)")
     add("--prompt-tokens", type=int, default=100, help="tokens of each prompt (default: %(default)s)")
     add("--new-tokens", type=int, default=120, help="tokens generated for each (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
