@@ -198,19 +198,17 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show every character
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     printer = TextPrinter(encoding, coloured)
-    rounds = rounds_of(method)
-    first = next(rounds)  # a bad setting is found here, before the prompt is written
-    printer.write_bytes(prompt)
-
-    def all_rounds():
-        yield first
-        yield from rounds
+    unwritten = [prompt]
 
     def show(record: Round) -> None:
+        if (
+            unwritten
+        ):  # the prompt comes with the first round, so that a bad setting is found before anything is written
+            printer.write_bytes(unwritten.pop())
         printer.write(record.tokens[0], record.origins[0])
         keep(record)
 
-    result, seconds = run(all_rounds(), show)
+    result, seconds = run(rounds_of(method), show)
     printer.write_bytes(b"", final=True)
     print(flush=True)
     print(statistics_line(result, seconds, coloured and sys.stderr.isatty()), file=sys.stderr)

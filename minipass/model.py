@@ -62,6 +62,7 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(batch_size, device=device, dtype=torch.int64)
+        self.batch = torch.arange(batch_size, device=device)[:, None]  # (B, 1), goes with slots (B, R)
 
     @property
     def max_len(self) -> int:
@@ -87,9 +88,8 @@ class KVCache:
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> tuple:
         """Writes k, v (B, n_head, R, head_dim) into `slots` (B, R); returns all keys and values of that layer."""
         keys, values = self.keys[layer], self.values[layer]
-        batch = torch.arange(len(slots), device=slots.device)[:, None]
-        keys[batch, :, slots] = k.transpose(1, 2)  # indexed assignment: 4x faster than scatter_ on a CPU
-        values[batch, :, slots] = v.transpose(1, 2)
+        keys[self.batch, :, slots] = k.transpose(1, 2)  # indexed assignment: 4x faster than scatter_ on a CPU
+        values[self.batch, :, slots] = v.transpose(1, 2)
         return keys, values
 
 

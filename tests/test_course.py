@@ -182,7 +182,7 @@ MISTAKES = {
     "keeps drafts behind a rejection": (5, speculative_accept, "kept.long().cumprod(1)", "kept.long()"),
     "parents not inherited": (2, tree, "visible[batch, parents[:, row]]", "visible[batch, parents[:, row]] & False"),
     "cache of the first text for all": (3, KVCache.mask, "self.length[:, None]", "self.length[:1, None]"),
-    "values not stored": (3, KVCache.store, "values[batch, :, slots] = v.transpose(1, 2)", "pass"),
+    "values not stored": (3, KVCache.store, "values[self.batch, :, slots] = v.transpose(1, 2)", "pass"),
     "groups see each other": (
         4, path_with_groups, "groups[:, :, :1] = anchors[:, :, None]", "groups[:, :1, :1] = anchors[:, :1, None]",
     ),
