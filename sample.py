@@ -20,7 +20,18 @@ import torch
 from minipass import checkpoint
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.errors import InputError
-from minipass.generate import ACCEPTED, BONUS, CORRECTED, DEFAULT_LOOKAHEAD, Generation, Round, stream
+from minipass.generate import (
+    ACCEPTED,
+    BONUS,
+    CORRECTED,
+    DEFAULT_LOOKAHEAD,
+    DEFAULT_TREE,
+    TYPICAL_HITS,
+    Generation,
+    Round,
+    stream,
+)
+from minipass.layout import best_tree
 from minipass.tokenizer import encode_bytes
 from minipass.trace import Trace
 
@@ -34,8 +45,9 @@ DEFAULT_PROMPT = '''class Stack:
         return len(self._items)
 
     def push(self, item):'''  # no line end: the tokens of this text hold it together with the indentation behind it
+MOST_TREE_SIZE = 256  # drafts; a pass has as many times 1 + L rows
 COLOURS = {ACCEPTED: "32", BONUS: "36", CORRECTED: "33"}  # green, cyan, yellow; a free token stays as it is
-METHOD_OF = {None: "autoregressive", "fused": "pass", "two-pass": "pass-two-pass"}
+METHOD_OF = {None: "autoregressive", "fused": "pass", "two-pass": "pass-two-pass", "tree": "pass-tree"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,8 +58,9 @@ def parse_arguments() -> argparse.Namespace:
         dest="variant",
         nargs="?",
         const="fused",
-        choices=("fused", "two-pass"),
-        help="parallel speculative sampling: fused, one pass a round (default), or the paper's two-pass form",
+        choices=("fused", "two-pass", "tree"),
+        help="parallel speculative sampling: fused, one pass a round (default), the paper's two-pass form, or a tree "
+        "of drafts, fused",
     )
     add("--prompt", help="text to continue, or - for standard input (default: the beginning of a Python class)")
     add("--max-new-tokens", type=int, default=128, help="at most so many (default: %(default)s)")
@@ -55,6 +68,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-k", type=int, default=10, help="draw from the k most likely tokens (default: %(default)s)")
     add("--top-p", type=float, help="draw from the fewest tokens with this probability (default: all)")
     add("--lookahead", type=int, help=f"drafts in a round, L (default: {DEFAULT_LOOKAHEAD}, the fastest on a CPU)")
+    add("--tree-size", type=int, default=len(DEFAULT_TREE.parents), help="drafts in a round of --pass tree (default: "
+        "%(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, bfloat16 where "
@@ -68,6 +83,8 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError(f"--compare and {'--json' if args.json else '--trace'} exclude each other")
     if args.trace and not args.trace.name:
         raise InputError(f"--trace must name a file, not {args.trace}")
+    if not 1 <= args.tree_size <= MOST_TREE_SIZE:
+        raise InputError(f"--tree-size must lie in 1..{MOST_TREE_SIZE}, not {args.tree_size}")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2**63 - 1, not {args.seed}")
     return args
@@ -152,6 +169,8 @@ def main() -> None:
     loaded = checkpoint.load(args.checkpoint, device=device, dtype=dtype)
     encoding, prompt_ids = loaded.encoding, encode_bytes(loaded.encoding, prompt)
 
+    tree = best_tree(loaded.record.get("hits", TYPICAL_HITS)[: args.lookahead], args.tree_size)
+
     def rounds_of(method: str):
         return stream(
             loaded.model,
@@ -162,6 +181,7 @@ def main() -> None:
             top_k=args.top_k,
             top_p=args.top_p,
             lookahead=args.lookahead,
+            tree=tree,
             stop_token=encoding.eot_token,
             generator=torch.Generator(device).manual_seed(args.seed),
         )

@@ -65,7 +65,14 @@ def parse_arguments() -> argparse.Namespace:
         default=0.5,
         help="joint: weight of that loss (default: %(default)s)",
     )
-    add("--groups", type=int, default=8, help="look-ahead groups in each window (default: %(default)s)")
+    add(
+        "--position-decay",
+        type=float,
+        default=0.6,
+        help="weight of a look-ahead position's loss over that of the one before it (default: %(default)s)",
+    )
+    add("--groups", type=int, default=16, help="look-ahead groups in each window; of the shorter ones as many as have "
+        "the same number of rows (default: %(default)s)")  # fmt: skip
     for name, text in {
         "vocab-size": "tokens of a new tokenizer",
         "block-size": "context window",
@@ -83,7 +90,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--save-every", type=int, default=250, help="steps between checkpoints (default: %(default)s)")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
-    for name in ("steps", "minutes", "batch_size", "lr", "eval_every", "save_every", "lookahead_weight"):
+    for name in (
+        "steps",
+        "minutes",
+        "batch_size",
+        "lr",
+        "eval_every",
+        "save_every",
+        "lookahead_weight",
+        "position_decay",
+    ):
         value = getattr(args, name)
         if value is not None and not (0 < value < math.inf):
             raise InputError(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
@@ -264,13 +280,18 @@ def main() -> None:
         rng = np.random.default_rng([args.seed, step])
         batch = sample_windows(train_tokens, args.batch_size, config.block_size + 1, rng).to(device)
         text, targets = batch[:, :-1], batch[:, 1:]
-        cuts = losses.random_cuts(len(text), config.block_size, n_groups, config.n_lookahead, rng)
+        # L, L/2 and L/4 look-ahead tokens by turns: the near positions count most, and so are trained most.
+        n_lookahead = max(1, config.n_lookahead >> step % 3)
+        n_cuts = min(n_groups * config.n_lookahead // n_lookahead, config.block_size - n_lookahead)
+        cuts = losses.random_cuts(len(text), config.block_size, n_cuts, n_lookahead, rng)
         kind = args.loss if args.loss != "kl-tv" else ("kl" if progress() < 0.75 else "tv")
         with autocast:
-            text_logits, draft_logits = losses.training_pass(model, text, cuts)
+            text_logits, draft_logits = losses.training_pass(model, text, cuts, n_lookahead)
         loss = losses.next_token_loss(text_logits, targets) if args.stage != "lookahead" else 0.0
         if n_groups:
-            drafting = losses.lookahead_loss(kind, draft_logits, text_logits, targets, cuts).mean()
+            by_position = losses.lookahead_loss(kind, draft_logits, text_logits, targets, cuts)  # (n_lookahead,)
+            weights = args.position_decay ** torch.arange(n_lookahead, device=device)
+            drafting = (by_position * weights).sum() / weights.sum()
             loss = loss + (args.lookahead_weight if args.stage == "joint" else 1.0) * drafting
         scaler.scale(loss).backward()
         for optimizer in optimizers:
@@ -291,6 +312,7 @@ def main() -> None:
                 "heldout_loss": figures["loss"],
                 "acceptance": figures["acceptance"],
                 "match": figures["match"],
+                "hits": figures["hits"],
             }
             accepted = " ".join(f"{value:.2f}" for value in figures["acceptance"])
             bar.write(f"step {step}: held-out loss {figures['loss']:.3f}, acceptance {accepted}")

@@ -3,12 +3,14 @@
 A pass is a tree. Each row has a parent: another row of the same pass, or the end of the cache. A row sees the whole
 cache, its ancestors and itself; its position is its parent's plus one. Nothing else is needed: plain causal text is a
 path, a draft pass is a path with look-ahead rows hanging from its end, a fused pass has look-ahead rows hanging from
-every row of the path, and a training sequence is the text with look-ahead rows hanging from random cuts (PaSS,
-section 3; arXiv 2311.13581).
+every row of a path (or tree) of drafts, and a training sequence is the text with look-ahead rows hanging from random
+cuts (PaSS, section 3; arXiv 2311.13581).
 """
 
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -52,40 +54,113 @@ def tree(parents: np.ndarray) -> Layout:
     return Layout(torch.from_numpy(visible.copy()), torch.from_numpy(depth))
 
 
-def path_with_groups(n_path: int, anchors: np.ndarray, n_lookahead: int) -> Layout:
-    """A path of n_path real rows, then for each anchor a path of n_lookahead look-ahead rows hanging from it.
+def path(n_rows: int) -> np.ndarray:
+    """Parents of a path: each row hangs from the one before it, the first from the end of the cache. (n_rows,) int64"""
+    return np.arange(n_rows) + CACHE_END
 
-    anchors: (G,) or (B, G) rows of the path. The rows stand in this order: path, group 0, group 1, ...
-    Returns a Layout of R = n_path + G * n_lookahead rows. One layout for all: training hangs the
-    groups from random cuts, fused decoding from every row, a draft pass from the last row, a verify pass has none.
+
+def with_groups(parents: np.ndarray, anchors: np.ndarray, n_lookahead: int) -> Layout:
+    """Real rows, then for each anchor a path of n_lookahead look-ahead rows that hangs from it.
+
+    parents: (P,) of the real rows; anchors: (G,) or (B, G), real rows. The rows stand in this order: real, group 0,
+    group 1, ... Returns a Layout of R = P + G * n_lookahead rows. One layout for all: training hangs the groups from
+    random cuts of a text, fused decoding from every row, a draft pass from the last row, a verify pass has none.
     """
     anchors = np.atleast_2d(np.asarray(anchors, dtype=np.int64))  # (B, G)
     n_batch, n_groups = anchors.shape
-    path = np.arange(n_path) - 1
-    first_row = n_path + n_lookahead * np.arange(n_groups)  # of each group
+    first_row = len(parents) + n_lookahead * np.arange(n_groups)  # of each group
     groups = first_row[:, None] + np.arange(n_lookahead) - 1  # (G, L): each row hangs from the one before it ...
     groups = np.broadcast_to(groups, (n_batch, n_groups, n_lookahead)).copy()
     groups[:, :, :1] = anchors[:, :, None]  # ... but the first from its anchor
-    path = np.broadcast_to(path, (n_batch, n_path))
-    return tree(np.concatenate([path, groups.reshape(n_batch, -1)], axis=1))
+    parents = np.broadcast_to(parents, (n_batch, len(parents)))
+    return tree(np.concatenate([parents, groups.reshape(n_batch, -1)], axis=1))
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """The drafts that a round tests, as nodes of a tree. Node 0 is the root, nodes 1..N are drafts; a path is a chain.
+
+    parents: (N,) the parent of node i is parents[i - 1]. Nodes stand by depth, so that every beginning is a tree, and
+    the row of a node in a pass is its number. Siblings are rivals for one place: the first has rank 0.
+    Raises ValueError when the nodes stand in another order.
+    """
+
+    parents: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if any(not 0 <= parent <= i for i, parent in enumerate(self.parents)):
+            raise ValueError("each node's parent must be a node before it")
+        if list(self.depth) != sorted(self.depth):
+            raise ValueError("the nodes of a draft tree must stand by depth")
+
+    @cached_property
+    def depth(self) -> tuple[int, ...]:
+        """Of the nodes 0..N: how many drafts lie on the way to each, itself included."""
+        depth = [0]
+        for parent in self.parents:
+            depth.append(depth[parent] + 1)
+        return tuple(depth)
+
+    @cached_property
+    def rank(self) -> tuple[int, ...]:
+        """Of the nodes 1..N: how many siblings stand before each."""
+        return tuple(self.parents[:i].count(parent) for i, parent in enumerate(self.parents))
+
+    @property
+    def width(self) -> int:
+        """The most children of a node; 1 for a chain."""
+        return 1 + max(self.rank, default=0)
+
+    @lru_cache(maxsize=256)  # noqa: B019 - trees are few and small
+    def cut(self, depth: int) -> "DraftTree":
+        """The tree without the nodes deeper than `depth`."""
+        return DraftTree(self.parents[: sum(d <= depth for d in self.depth) - 1])
+
+
+def chain(n_drafts: int) -> DraftTree:
+    """The tree without a fork: d_1..d_L."""
+    return DraftTree(tuple(range(n_drafts)))
+
+
+def best_tree(hits: Sequence[Sequence[float]], n_drafts: int) -> DraftTree:
+    """The tree of n_drafts nodes that keeps most drafts: always adds the node that is reached and kept most often.
+
+    hits: (L, K) how often the draft of rank k at depth i + 1 is the right one, as losses.evaluate measures (`hits`);
+    the probability of a path is the product of its nodes'. Fewer nodes come back when L and K do not give as many.
+    """
+    chosen: list[tuple[int, ...]] = []  # a node is named by the ranks on the way to it
+    growing = [(-hits[0][0], (0,))] if hits else []  # the likeliest node first
+    while growing and len(chosen) < n_drafts:
+        minus_probability, ranks = heapq.heappop(growing)
+        chosen.append(ranks)
+        depth, rank = len(ranks), ranks[-1]
+        if depth < len(hits):
+            heapq.heappush(growing, (minus_probability * hits[depth][0], (*ranks, 0)))
+        if rank + 1 < len(hits[depth - 1]) and hits[depth - 1][rank] > 0:
+            sibling = minus_probability / hits[depth - 1][rank] * hits[depth - 1][rank + 1]
+            heapq.heappush(growing, (sibling, (*ranks[:-1], rank + 1)))
+    chosen.sort(key=lambda ranks: (len(ranks), ranks))
+    number = {(): 0} | {ranks: i for i, ranks in enumerate(chosen, 1)}
+    return DraftTree(tuple(number[ranks[:-1]] for ranks in chosen))
 
 
 @lru_cache(maxsize=256)
 def path_layout(n_path: int, device: torch.device) -> Layout:
     """A path of real rows: plain decoding (1 row) and the verify pass (root or free token, then the drafts)."""
-    return path_with_groups(n_path, np.zeros(0), 0).to(device)
+    return tree(path(n_path)).to(device)
 
 
 @lru_cache(maxsize=256)
 def draft_layout(n_lookahead: int, device: torch.device) -> Layout:
     """Rows [root, LA_1..LA_L] of a draft pass (Algorithm 1)."""
-    return path_with_groups(1, np.zeros(1), n_lookahead).to(device)
+    return with_groups(path(1), np.zeros(1), n_lookahead).to(device)
 
 
 @lru_cache(maxsize=256)
-def fused_layout(n_drafts: int, n_lookahead: int, device: torch.device) -> Layout:
-    """Rows of a fused pass: [root, d_1..d_k], then k + 1 groups of look-ahead rows; group j hangs from row j."""
-    return path_with_groups(1 + n_drafts, np.arange(1 + n_drafts), n_lookahead).to(device)
+def fused_layout(drafts: DraftTree, n_lookahead: int, device: torch.device) -> Layout:
+    """Rows of a fused pass: the root and N drafts, then 1 + N groups of look-ahead rows; group j hangs from row j."""
+    parents = np.array([CACHE_END, *drafts.parents])
+    return with_groups(parents, np.arange(len(parents)), n_lookahead).to(device)
 
 
 def lookahead_ids(vocab_size: int, n_lookahead: int, n_groups: int = 1) -> torch.Tensor:
