@@ -6,6 +6,7 @@
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -14,10 +15,13 @@ import torch
 
 from minipass import checkpoint
 from minipass.cli import choose_device, choose_dtype, run_script
+from minipass.contenders import Bench, Subject
 from minipass.data import BUILT_IN
 from minipass.errors import InputError
-from minipass.experiments import EXPERIMENTS, Bench, Report, Subject
+from minipass.experiments import EXPERIMENTS
+from minipass.reporting import Report
 
+DEFAULT_LENGTHS = (2, 4)
 LEAST_NEW_TOKENS = 16  # more than any round emits, so that there is a second one to time
 
 
@@ -39,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
         "of training runs")  # fmt: skip
     add("--data", default="python", help=f"{', '.join(BUILT_IN)} or a path: the corpus whose held-out files give the "
         "prompts (default: %(default)s)")  # fmt: skip
-    add("--lookahead", nargs="+", type=int, default=[2, 4], metavar="L", help="drafts in a round (default: 2 4)")
+    add("--lookahead", nargs="+", type=int, metavar="L", help="drafts in a round (default: 2 4)")
     add("--prompts", type=int, default=48, help="number of prompts (default: %(default)s)")
     add("--prompt-tokens", type=int, default=100, help="tokens of each prompt (default: %(default)s)")
     add("--new-tokens", type=int, default=120, help="tokens generated for each (default: %(default)s)")
@@ -54,8 +58,8 @@ def parse_arguments() -> argparse.Namespace:
     for name, least in {"prompts": 1, "prompt_tokens": 1, "samples": 1, "new_tokens": LEAST_NEW_TOKENS}.items():
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    if not 0 <= args.seed < 2**62:
-        raise InputError(f"--seed must lie in 0..2**62 - 1, not {args.seed}")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed must lie in 0..2**63 - 1, not {args.seed}")
     return args
 
 
@@ -67,36 +71,50 @@ def prepare(args: argparse.Namespace) -> Bench:
     def load(name: str) -> Subject:
         return Subject(name, checkpoint.load(name, device=device, dtype=dtype))
 
-    def load_optional(given: str | None, shipped: str) -> Subject | None:
+    def load_other(given: str | None, shipped: str, same_tokens: bool) -> Subject | None:
+        """The one given, which must fit the subject, or the one in the package if it is there and fits."""
         if given is None and not (checkpoint.SHIPPED / f"{shipped}.pt").is_file():
             return None
-        return load(given or shipped)
+        other = load(given or shipped)
+        problem = misfit(other)
+        if same_tokens and other.loaded.encoding.token_byte_values() != subject.loaded.encoding.token_byte_values():
+            problem = f"{other.name} has other tokens than {subject.name}"
+        if problem and given:
+            raise InputError(problem)
+        return None if problem else other
+
+    def misfit(other: Subject) -> str | None:
+        """What keeps a checkpoint from generating as much as asked, if anything does."""
+        if args.prompt_tokens + args.new_tokens <= other.model.config.block_size:
+            return None
+        return (
+            f"{args.prompt_tokens} prompt tokens and {args.new_tokens} new ones do not fit into the context window of "
+            f"{other.name}, {other.model.config.block_size} tokens"
+        )
 
     subject = load(args.checkpoint)
-    frozen, draft = load_optional(args.frozen, "frozen"), load_optional(args.draft_model, "draft")
-    if draft and draft.loaded.encoding.token_byte_values() != subject.loaded.encoding.token_byte_values():
-        if args.draft_model:
-            raise InputError(f"the draft model {draft.name} has other tokens than {subject.name}")
-        draft = None
-    for each in filter(None, (subject, frozen, draft)):
-        if args.prompt_tokens + args.new_tokens > each.model.config.block_size:
-            raise InputError(
-                f"{args.prompt_tokens} prompt tokens and {args.new_tokens} new ones do not fit into the context window "
-                f"of {each.name}, {each.model.config.block_size} tokens"
-            )
-    most = min(each.model.config.n_lookahead for each in (subject, frozen) if each)
-    for length in args.lookahead:
+    if problem := misfit(subject):
+        raise InputError(problem)
+    most = subject.model.config.n_lookahead
+    if most == 0:
+        raise InputError(f"{subject.name} has no look-ahead tokens to draft with")
+    lengths = args.lookahead or [length for length in DEFAULT_LENGTHS if length <= most] or [most]
+    for length in lengths:
         if not 1 <= length <= most:
-            raise InputError(f"--lookahead must lie in 1..{most}, what the checkpoints have, not {length}")
+            raise InputError(f"--lookahead must lie in 1..{most}, what {subject.name} has, not {length}")
+    files = [path / "model.pt" if os.path.isdir(path) else path for path in args.compare]
     return Bench(
         subject=subject,
-        frozen=frozen,
-        draft=draft,
-        compared=args.compare,
+        frozen=load_other(args.frozen, "frozen", same_tokens=False),
+        draft=load_other(args.draft_model, "draft", same_tokens=True),
+        compared=[
+            (Subject(str(path), load(str(file)).loaded), file.parent / "log.jsonl")
+            for path, file in zip(args.compare, files, strict=True)
+        ],
         device=device,
         dtype=dtype,
         data=args.data,
-        lookahead=args.lookahead,
+        lookahead=lengths,
         n_prompts=args.prompts,
         prompt_tokens=args.prompt_tokens,
         new_tokens=args.new_tokens,

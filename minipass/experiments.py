@@ -4,216 +4,38 @@ An experiment takes a Bench, what all of them share, and returns a Report. `EXPE
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
-from minipass import checkpoint, losses, peers, plots, quality
-from minipass.data import Document, encode_documents, even_windows, read_documents, split_documents
+from minipass import peers, plots, quality
+from minipass.contenders import DECODINGS, GREEDY, SAMPLED, TWO_MODELS, Bench, Subject
 from minipass.errors import InputError
-from minipass.measuring import (
-    Contender,
-    figures,
-    memory_bandwidth,
-    ours,
-    pass_seconds,
-    predicted_speedup,
-    quartiles,
-    take_turns,
-)
+from minipass.measuring import figures, memory_bandwidth, pass_seconds, predicted_speedup, quartiles, take_turns
 from minipass.model import GPT, GPTConfig
+from minipass.reporting import Report, forced_line, label, methods_table, shares, speedups, spread, table
 
-GREEDY, SAMPLED, PLAIN_SAMPLED = "greedy", "T = 0.8, top-k 10", "T = 1"
-DECODINGS: dict[str, dict] = {
-    GREEDY: {"temperature": 0.0},
-    SAMPLED: {"temperature": 0.8, "top_k": 10},
-    PLAIN_SAMPLED: {"temperature": 1.0},
-}
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 LARGER = ((8, 8, 512), (12, 12, 768))  # layers, heads, width of the random models whose passes are timed
 PASS_REPEATS = 30
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A checkpoint that is measured, under the name that the user gave."""
-
-    name: str
-    loaded: checkpoint.Checkpoint
-
-    @property
-    def model(self) -> GPT:
-        return self.loaded.model
-
-    @property
-    def millions(self) -> str:
-        """Its size in words."""
-        return f"{sum(parameter.numel() for parameter in self.model.parameters()) / 1e6:.2g}M parameters"
-
-
-@dataclass
-class Bench:
-    """What the experiments share: checkpoints, held-out text and counts. frozen, draft: None where there is none."""
-
-    subject: Subject
-    frozen: Subject | None
-    draft: Subject | None
-    compared: list[Path]
-    device: torch.device
-    dtype: torch.dtype
-    data: str
-    lookahead: list[int]
-    n_prompts: int
-    prompt_tokens: int
-    new_tokens: int
-    n_samples: int
-    seed: int
-    _heldout: dict[str, list[Document]] = field(default_factory=dict)
-    _tokens: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
-    _forced: dict[tuple[str, str], dict] = field(default_factory=dict)
-
-    def heldout(self, domain: str) -> list[Document]:
-        """The held-out documents of a corpus."""
-        if domain not in self._heldout:
-            self._heldout[domain] = split_documents(read_documents(domain))[1]
-        return self._heldout[domain]
-
-    def tokens(self, subject: Subject, domain: str) -> np.ndarray:
-        """These in the subject's tokens, (N,)."""
-        key = (subject.name, domain)
-        if key not in self._tokens:
-            self._tokens[key] = encode_documents(self.heldout(domain), subject.loaded.encoding)
-        return self._tokens[key]
-
-    def prompts(self, subject: Subject, domain: str) -> list[list[int]]:
-        """Evenly spaced windows of held-out text."""
-        return even_windows(self.tokens(subject, domain), self.n_prompts, self.prompt_tokens).tolist()
-
-    def forced(self, subject: Subject, domain: str) -> dict:
-        """Teacher-forced figures on held-out text, see losses.evaluate: loops of a generated text don't touch them."""
-        key = (subject.name, domain)
-        if key not in self._forced:
-            windows = even_windows(self.tokens(subject, domain), 128, subject.model.config.block_size + 1)
-            self._forced[key] = losses.evaluate(subject.model, windows)
-        return self._forced[key]
-
-    def ours(self, name: str, subject: Subject, domain: str, decoding: str, **settings) -> Contender:
-        """One of our methods on held-out prompts."""
-        prompts = self.prompts(subject, domain)
-        return ours(name, subject.model, prompts, self.new_tokens, **DECODINGS[decoding], **settings)
-
-    def family(self, domain: str, decoding: str, methods: Sequence[str], lookahead: Sequence[int]) -> list[Contender]:
-        """Plain decoding of the subject, then each method with each number of drafts."""
-        plain = self.ours("autoregressive", self.subject, domain, decoding, method="autoregressive")
-        found = [plain]
-        for method in methods:
-            name, extra = {
-                "pass-two-pass": ("two-pass", {}),
-                "pass": ("fused", {}),
-                "speculative": ("two models", {"draft_model": self.draft.model if self.draft else None}),
-            }[method]
-            if method == "speculative" and not self.draft:
-                continue
-            settings = {"method": method, "baseline": plain, **extra}
-            found += [self.ours(name, self.subject, domain, decoding, lookahead=L, **settings) for L in lookahead]
-        return found
-
-    def caption(self, subject: Subject, *parts: str) -> str:
-        """What stands above a table."""
-        return ", ".join([f"`{subject.name}` ({subject.millions})", *parts])
-
-    def counts(self, domain: str) -> str:
-        """How much was generated, in words."""
-        return (
-            f"{self.n_prompts} held-out prompts of {self.prompt_tokens} tokens ({domain}), {self.new_tokens} new tokens"
-        )
-
-    def missing(self) -> str:
-        """One line for a draft model that is not there."""
-        if self.draft:
-            return f"Two models: the drafts are of `{self.draft.name}` ({self.draft.millions})."
-        return "No row for two models: there is no draft model (name one with --draft-model)."
-
-
-@dataclass
-class Report:
-    """What an experiment found: Markdown, plain values for JSON, and pictures by name."""
-
-    text: str
-    data: dict
-    pictures: dict[str, Figure] = field(default_factory=dict)
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def shares(values: Sequence[float]) -> str:
-    """0.61 0.28 ..., or - for none."""
-    return " ".join(f"{value:.2f}" for value in values) or "-"
-
-
-def spread(three: Sequence[float], digits: int = 2) -> str:
-    """A median with its quartiles."""
-    low, middle, high = (f"{value:.{digits}f}" for value in three)
-    return f"{middle} ({low} to {high})"
-
-
-def methods_table(rows: Sequence[dict], greedy: bool) -> str:
-    """The table of measuring.figures. Texts are compared with plain decoding's only where there is one right text."""
-    heads = ["method", "L", "tokens/pass", "kept by position", "speed-up (quartiles)", "tokens/s", "repeated 8-grams"]
-    lines = [
-        [
-            row["method"],
-            str(row["lookahead"] or "-"),
-            f"{row['tokens_per_pass']:.2f}" if row["tokens_per_pass"] else "-",
-            shares(row["kept_by_position"]),
-            spread(row["speedup"]),
-            f"{row['tokens_per_second'][1]:.0f}",
-            f"{row['repeated_8grams']:.0%}",
-            *([f"{row['same_text']:.0%}"] if greedy else []),
-        ]
-        for row in rows
-    ]
-    return table([*heads, "as plain"] if greedy else heads, lines)
-
-
-def forced_line(subject: Subject, forced: dict, domain: str) -> str:
-    """Teacher-forced figures in words."""
-    return (
-        f"`{subject.name}` teacher-forced on held-out text ({domain}): base loss {forced['loss']:.3f} nats/token; "
-        f"expected acceptance by position {shares(forced['acceptance'])}; greedy match {shares(forced['match'])}."
-    )
-
-
-def speedups(rows: Sequence[dict]) -> list[tuple[str, float, float, float]]:
-    """Rows of plots.intervals, without the baselines."""
-    return [
-        (f"{row['method']}{', L = ' + str(row['lookahead']) if row['lookahead'] else ''}", *row["speedup"])
-        for row in rows
-        if row["speedup"] != [1.0, 1.0, 1.0]
-    ]
 
 
 def headline(bench: Bench) -> Report:
     """How much does PaSS give with the shipped joint model, greedy and sampled, on code?"""
     texts, data, panels = [], {}, []
     for decoding in (GREEDY, SAMPLED):
-        methods = ("pass-two-pass", "pass", "speculative")
-        contenders = bench.family(bench.data, decoding, methods, bench.lookahead)
+        contenders = bench.family(bench.data, decoding, bench.lookahead)
         rows = figures(contenders, take_turns(contenders, bench.seed, decoding))
         data[decoding] = rows
         texts.append(bench.caption(bench.subject, decoding, bench.counts(bench.data)) + ":")
         texts.append(methods_table(rows, decoding == GREEDY))
+        first = [1000 * seconds for seconds in rows[0]["first_round_seconds"]]
+        texts.append(f"Prefill is not in these figures; with plain decoding it takes {spread(first, 1)} ms.")
         panels.append((decoding, speedups(rows)))
     data["teacher_forced"] = bench.forced(bench.subject, bench.data)
-    texts.append(forced_line(bench.subject, data["teacher_forced"], bench.data) + " " + bench.missing())
+    texts.append(forced_line(bench.subject, data["teacher_forced"], bench.data) + " " + bench.drafter())
     pictures = {"headline": plots.intervals(panels, "speed-up over plain decoding (median, quartiles)", 1.0)}
     return Report("\n\n".join(texts), data, pictures)
 
@@ -227,15 +49,16 @@ def methods(bench: Bench) -> Report:
     texts, data, panels = [], [], []
     for domain in dict.fromkeys([bench.data, "docstrings"]):
         for decoding in DECODINGS:
-            contenders = bench.family(domain, decoding, ("pass-two-pass", "pass", "speculative"), bench.lookahead)
+            contenders = bench.family(domain, decoding, bench.lookahead)
             if bench.frozen:
                 plain = bench.ours("autoregressive, frozen", bench.frozen, domain, decoding, method="autoregressive")
+                contenders.append(plain)
                 for name, method in (("two-pass, fixed token", "fixed-token"), ("two-pass, frozen", "pass-two-pass")):
-                    contenders += [plain] if plain not in contenders else []
                     settings = {"method": method, "baseline": plain}
                     contenders += [
                         bench.ours(name, bench.frozen, domain, decoding, lookahead=L, **settings)
                         for L in bench.lookahead
+                        if bench.frozen.model.config.n_lookahead >= L
                     ]
             rows = figures(contenders, take_turns(contenders, bench.seed, f"{domain}, {decoding}"))
             forced = {each.name: bench.forced(each, domain) for each in (bench.subject, bench.frozen) if each}
@@ -246,13 +69,13 @@ def methods(bench: Bench) -> Report:
         texts += [
             forced_line(each, bench.forced(each, domain), domain) for each in (bench.subject, bench.frozen) if each
         ]
-    texts.append(bench.missing())
+    texts.append(bench.drafter())
     if bench.frozen:
         texts.append(
             f"The frozen rows are `{bench.frozen.name}`'s ({bench.frozen.millions}), against its own plain row."
         )
     else:
-        texts.append("No frozen rows: there is no frozen checkpoint (name one with --frozen).")
+        texts.append("No frozen rows: there is no frozen checkpoint that fits (name one with --frozen).")
     pictures = {"methods": plots.intervals(panels, "speed-up over plain decoding (median, quartiles)", 1.0)}
     return Report("\n\n".join(texts), {"settings": data}, pictures)
 
@@ -262,17 +85,17 @@ def lookahead(bench: Bench) -> Report:
     texts, data, panels = [], {}, ([], [])
     lengths = range(1, bench.subject.model.config.n_lookahead + 1)
     for style, decoding in (("-", GREEDY), ("--", SAMPLED)):
-        contenders = bench.family(bench.data, decoding, ("pass-two-pass", "pass"), lengths)
+        contenders = bench.family(bench.data, decoding, lengths, without=TWO_MODELS)
         rows = figures(contenders, take_turns(contenders, bench.seed, decoding))
         best = {}
-        for colour, method in enumerate(("two-pass", "fused")):
+        for colour, method in enumerate(dict.fromkeys(contender.name for contender in contenders[1:])):
             own = [row for row in rows if row["method"] == method]
             ratios = [row["speedup"][1] for row in own]
             best[method] = lengths[int(np.argmax(ratios))]
-            label = f"{method}, {decoding}"
+            title = f"{method}, {decoding}"
             passes = [row["tokens_per_pass"] for row in own]
-            panels[0].append(plots.Line(label, lengths, passes, colour, style))
-            panels[1].append(plots.Line(label, lengths, ratios, colour, style, best=best[method] - 1))
+            panels[0].append(plots.Line(title, lengths, passes, colour, style))
+            panels[1].append(plots.Line(title, lengths, ratios, colour, style, best=best[method] - 1))
         data[decoding] = {"rows": rows, "best": best}
         texts.append(bench.caption(bench.subject, decoding, bench.counts(bench.data)) + ":")
         texts.append(methods_table(rows, decoding == GREEDY))
@@ -295,34 +118,26 @@ def acceptance(bench: Bench) -> Report:
     in a run's folder, the acceptance of [LA]_1 is drawn against the minutes of training, taken as even over the steps.
     A base that predicts badly is easier to draft for, so its loss stands beside.
     """
-    found = [Subject(each.name, each.loaded) for each in (bench.subject, bench.frozen) if each]
-    paths: list[Path | None] = [None] * len(found)
-    for path in bench.compared:
-        file = path / "model.pt" if path.is_dir() else path
-        loaded = checkpoint.load(file, device=bench.device, dtype=bench.dtype)
-        found.append(Subject(str(path), loaded))
-        paths.append(file.parent / "log.jsonl")
+    found: list[tuple[Subject, Path | None]] = [(each, None) for each in (bench.subject, bench.frozen) if each]
+    found += bench.compared
     rows, by_position, by_time = [], [], []
-    for colour, (subject, log) in enumerate(zip(found, paths, strict=True)):
+    for colour, (subject, log) in enumerate(found):
         record, forced = subject.loaded.record, bench.forced(subject, bench.data)
         curve = training_curve(log, record) if log else []
-        rows.append({"checkpoint": subject.name, **forced, "curve": curve})
-        rows[-1] |= {name: record.get(name) for name in ("stage", "loss", "step", "seconds")} | {"nats": forced["loss"]}
+        trained = {name: record.get(name) for name in ("stage", "loss", "step", "seconds")}
+        rows.append({"checkpoint": subject.name, "training": trained, "teacher_forced": forced, "curve": curve})
         positions = range(1, len(forced["acceptance"]) + 1)
         by_position.append(plots.Line(subject.name, positions, forced["acceptance"], colour))
         if curve:
             by_time.append(plots.Line(subject.name, *zip(*curve, strict=True), colour))
-    lines = [
-        [
-            f"`{row['checkpoint']}`",
-            f"{row['stage'] or '-'}, {row['loss'] or '-'}",
-            f"{row['seconds'] / 60:.0f}" if row["seconds"] is not None else "-",
-            f"{row['nats']:.3f}",
-            shares(row["acceptance"]),
-            shares(row["match"]),
-        ]
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        trained, forced = row["training"], row["teacher_forced"]
+        minutes = "-" if trained["seconds"] is None else f"{trained['seconds'] / 60:.0f}"
+        kind, loss = f"{trained['stage'] or '-'}, {trained['loss'] or '-'}", f"{forced['loss']:.3f}"
+        lines.append(
+            [f"`{row['checkpoint']}`", kind, minutes, loss, shares(forced["acceptance"]), shares(forced["match"])]
+        )
     heads = ["checkpoint", "stage, loss", "minutes", "base loss", "expected acceptance by position", "greedy match"]
     note = f"Teacher-forced on held-out text ({bench.data}), temperature 1; minutes are of the last stage of training."
     panels = [plots.Panel("look-ahead position", "expected acceptance", by_position, {"ylim": (0, 1)})]
@@ -363,16 +178,16 @@ def cost(bench: Bench) -> Report:
         kinds = [(0, n_rows) for n_rows in ROWS]
         seconds = pass_seconds([model], kinds, bench.prompt_tokens, PASS_REPEATS)
         floor = n_weights * model.wte.weight.element_size() / bandwidth
-        label = f"{model.config.n_layer} layers, width {model.config.n_embd}, {n_weights / 1e6:.3g}M"
+        title = f"{model.config.n_layer} layers, width {model.config.n_embd}, {n_weights / 1e6:.3g}M"
         rows.append(
             {
-                "model": label,
+                "model": title,
                 "floor_seconds": floor,
                 "seconds": {n_rows: quartiles(column) for n_rows, column in zip(ROWS, seconds.T, strict=True)},
                 "over_one_row": np.median(seconds / seconds[:, :1], axis=0).tolist(),
             }
         )
-        lines.append(plots.Line(label, ROWS, 1000 * np.median(seconds, axis=0), colour))
+        lines.append(plots.Line(title, ROWS, 1000 * np.median(seconds, axis=0), colour))
         lines.append(plots.Line("its weights read once", [ROWS[0], ROWS[-1]], [1000 * floor] * 2, colour, ":"))
     heads = ["model", "weights read once", *(f"{n_rows} rows" for n_rows in ROWS)]
     cells = [
@@ -402,7 +217,7 @@ def check(bench: Bench) -> Report:
     The rows are those of the passes that were made, prefill left out. What the model leaves out is time between passes:
     drawing, accepting, bookkeeping.
     """
-    contenders = bench.family(bench.data, GREEDY, ("pass-two-pass", "pass", "speculative"), bench.lookahead)
+    contenders = bench.family(bench.data, GREEDY, bench.lookahead)
     samples = take_turns(contenders, bench.seed, "check")
     kinds = sorted({kind for own in samples for sample in own for kind in sample.passes} | {(0, 1)})
     models = max((each.models for each in contenders), key=len)
@@ -433,7 +248,7 @@ def check(bench: Bench) -> Report:
     texts = [
         bench.caption(bench.subject, GREEDY, bench.counts(bench.data)) + ":",
         table(heads, lines),
-        f"A pass over one row takes {1000 * one_row:.2f} ms; in times of that: {costs}. {bench.missing()}",
+        f"A pass over one row takes {1000 * one_row:.2f} ms; in times of that: {costs}. {bench.drafter()}",
         forced_line(bench.subject, bench.forced(bench.subject, bench.data), bench.data),
     ]
     return Report("\n\n".join(texts), {"rows": rows, "cost": [[*kind, ratio] for kind, ratio in cost_of.items()]})
@@ -445,21 +260,16 @@ def text_quality(bench: Bench) -> Report:
     heads = quality.function_heads(texts)
     encoded = quality.usable_heads(heads, bench.subject.loaded.encoding, bench.prompt_tokens)
     if not encoded:
-        raise InputError(f"the held-out part of {bench.data} has no Python function of a length that fits")
+        return Report(f"Left out: the held-out part of {bench.data} has no Python function of a length that fits.", {})
     picked = [encoded[i * len(encoded) // bench.n_samples] for i in range(bench.n_samples)]
-    chosen: dict[str, dict] = {
-        "autoregressive": {"method": "autoregressive"},
-        "two-pass": {"method": "pass-two-pass", "lookahead": bench.lookahead[0]},
-        "fused": {"method": "pass", "lookahead": bench.lookahead[0]},
-    }
-    if bench.draft:
-        draft = {"draft_model": bench.draft.model, "lookahead": bench.lookahead[0]}
-        chosen["two models"] = {"method": "speculative", **draft}
-    model, encoding = bench.subject.model, bench.subject.loaded.encoding
-    rows = [
-        {"method": name, **quality.judge(model, encoding, picked, bench.new_tokens, bench.seed, name, **settings)}
-        for name, settings in ((name, settings | DECODINGS[SAMPLED]) for name, settings in chosen.items())
-    ]
+    length = bench.lookahead[0]
+    chosen = {"autoregressive": {"method": "autoregressive"}}
+    chosen |= {name: settings(length) for name, settings in bench.methods().items()}
+    rows = []
+    for name, settings in chosen.items():
+        settings |= DECODINGS[SAMPLED]
+        judged = quality.judge(bench.subject.loaded, picked, bench.new_tokens, bench.seed, name, **settings)
+        rows.append({"method": name, **judged})
     lines = [
         [
             row["method"],
@@ -471,21 +281,21 @@ def text_quality(bench: Bench) -> Report:
     ]
     note = (
         f"{bench.caption(bench.subject, SAMPLED)}: {bench.n_samples} heads of functions in held-out files "
-        f"({len(encoded)} different ones), {bench.new_tokens} new tokens each, L = {bench.lookahead[0]}. A completion "
+        f"({len(encoded)} different ones), {bench.new_tokens} new tokens each, L = {length}. A completion "
         "is cut before its first line that is not indented, or before its last line where it has none. 95% intervals: "
         "Wilson's, and +- 1.96 standard errors."
     )
     columns = table(["method", "samples", "parses (95%)", "log-likelihood per token under the base, nats"], lines)
     drawn = [(row["method"], row["interval"][0], row["parses"], row["interval"][1]) for row in rows]
     picture = plots.intervals([(f"completed functions, {SAMPLED}", drawn)], "share that parses (95%)")
-    return Report(note + "\n\n" + columns + "\n\n" + bench.missing(), {"rows": rows}, {"quality": picture})
+    return Report(note + "\n\n" + columns + "\n\n" + bench.drafter(), {"rows": rows}, {"quality": picture})
 
 
 def against_peers(bench: Bench) -> Report:
     """Is PaSS faster than Hugging Face `generate` on the same weights: plain, with an assistant, with prompt lookup?"""
     if not peers.installed():
         return Report("Left out: transformers is not installed (pip install -e '.[peers]').", {"rows": []})
-    contenders = bench.family(bench.data, GREEDY, ("pass-two-pass", "pass", "speculative"), bench.lookahead)
+    contenders = bench.family(bench.data, GREEDY, bench.lookahead)
     draft = bench.draft.model if bench.draft else None
     arguments = (bench.subject.model, draft, contenders[0], bench.new_tokens, bench.lookahead)
     theirs, difference = peers.contenders(*arguments)
@@ -497,9 +307,8 @@ def against_peers(bench: Bench) -> Report:
         bench.caption(bench.subject, GREEDY, bench.counts(bench.data)) + ":",
         methods_table(rows, greedy=True),
         f"HF is transformers {peers.version()} with the same weights: its logits in float32 differ by at most "
-        f"{difference:.0e}. Ratios are against our plain decoding. Fastest of ours: {fastest['method']}, L = "
-        f"{fastest['lookahead']}, {fastest['speedup'][1]:.2f}; of theirs: {others['method']}, "
-        f"{others['speedup'][1]:.2f}. {bench.missing()}",
+        f"{difference:.0e}. Ratios are against our plain decoding. Fastest of ours: {label(fastest)}, "
+        f"{fastest['speedup'][1]:.2f}; of theirs: {label(others)}, {others['speedup'][1]:.2f}. {bench.drafter()}",
         forced_line(bench.subject, bench.forced(bench.subject, bench.data), bench.data),
     ]
     picture = plots.intervals([(GREEDY, speedups(rows))], "speed-up over our plain decoding (median, quartiles)", 1.0)

@@ -10,6 +10,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
+from minipass.checkpoint import Checkpoint
 from minipass.generate import generate
 from minipass.measuring import wilson_interval
 from minipass.model import GPT
@@ -88,8 +89,7 @@ def log_likelihood(model: GPT, prompts: list[list[int]], texts: list[list[int]])
 
 
 def judge(
-    model: GPT,
-    encoding: tiktoken.Encoding,
+    subject: Checkpoint,
     heads: list[tuple[str, list[int]]],
     max_new_tokens: int,
     seed: int,
@@ -101,6 +101,7 @@ def judge(
     Returns `samples`; `parses`, the share that does, with its 95% `interval`; `log_likelihood`, the mean over samples
     of the mean per token, with the `half_width` of its 95% interval.
     """
+    model, encoding = subject.model, subject.encoding
     generator, stop = torch.Generator(model.device).manual_seed(seed), encoding.eot_token
     n_parsed, likelihoods = 0, []
     for start in tqdm(range(0, len(heads), BATCH), desc=title, unit="batch", dynamic_ncols=True):
