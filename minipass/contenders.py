@@ -119,9 +119,8 @@ class Bench:
 
     def counts(self, domain: str) -> str:
         """How much was generated, in words."""
-        return (
-            f"{self.n_prompts} held-out prompts of {self.prompt_tokens} tokens ({domain}), {self.new_tokens} new tokens"
-        )
+        n_prompts = len(self.prompts(self.subject, domain))  # fewer than asked for where the text is short
+        return f"{n_prompts} held-out prompts of {self.prompt_tokens} tokens ({domain}), {self.new_tokens} new tokens"
 
     def drafter(self) -> str:
         """One line about the draft model, or about its absence."""
