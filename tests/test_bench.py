@@ -10,12 +10,9 @@ import pytest
 import torch
 from conftest import random_model
 
-from minipass import checkpoint, contenders, experiments, peers, quality
-from minipass.cli import run_script
-from minipass.data import read_documents
-from minipass.errors import InputError
-from minipass.generate import Generation
-from minipass.measuring import (
+from minipass import checkpoint
+from minipass.benchmark import contenders, experiments, peers, quality
+from minipass.benchmark.measuring import (
     Contender,
     Sample,
     figures,
@@ -29,8 +26,12 @@ from minipass.measuring import (
     take_turns,
     wilson_interval,
 )
+from minipass.benchmark.plots import Line, Panel, curves, intervals
+from minipass.cli import run_script
+from minipass.data import read_documents
+from minipass.errors import InputError
+from minipass.generate import Generation
 from minipass.model import GPT, GPTConfig
-from minipass.plots import Line, Panel, curves, intervals
 from minipass.tokenizer import build_encoding
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

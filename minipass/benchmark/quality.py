@@ -10,9 +10,9 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
+from minipass.benchmark.measuring import wilson_interval
 from minipass.checkpoint import Checkpoint
 from minipass.generate import generate
-from minipass.measuring import wilson_interval
 from minipass.model import GPT
 from minipass.tokenizer import encode_text
 

@@ -5,21 +5,31 @@ An experiment takes a Bench, what all of them share, and returns a Report. `EXPE
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from minipass import peers, plots, quality
-from minipass.contenders import DECODINGS, GREEDY, SAMPLED, TWO_MODELS, Bench, Subject
+from minipass.benchmark import peers, plots, quality
+from minipass.benchmark.contenders import DECODINGS, GREEDY, SAMPLED, TWO_MODELS, Bench, Subject
+from minipass.benchmark.measuring import (
+    figures,
+    memory_bandwidth,
+    pass_seconds,
+    predicted_speedup,
+    quartiles,
+    take_turns,
+)
+from minipass.benchmark.reporting import Report, forced_line, label, methods_table, shares, speedups, spread, table
 from minipass.errors import InputError
-from minipass.measuring import figures, memory_bandwidth, pass_seconds, predicted_speedup, quartiles, take_turns
+from minipass.generate import RULES
 from minipass.model import GPT, GPTConfig
-from minipass.reporting import Report, forced_line, label, methods_table, shares, speedups, spread, table
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 LARGER = ((8, 8, 512), (12, 12, 768))  # layers, heads, width of the random models whose passes are timed
 PASS_REPEATS = 30
+TREE_SIZES = (2, 4, 8, 16, 32)
 
 
 def headline(bench: Bench) -> Report:
@@ -109,6 +119,42 @@ def lookahead(bench: Bench) -> Report:
         ]
     )
     return Report("\n\n".join(texts), data, {"lookahead": picture})
+
+
+def trees(bench: Bench) -> Report:
+    """How many drafts should a tree have, and which exact rule is better? Chains and trees over the same L tokens.
+
+    A tree of N drafts has (N + 1)(1 + its depth) rows. Matching takes the likeliest tokens as drafts and keeps one if
+    the target draws it; recursive rejection draws the drafts without replacement. Greedy, both do the same.
+    """
+    texts, data, panels = [], {}, ([], [])
+    depth, settings = bench.lookahead[-1], DECODINGS.items()
+    for style, (decoding, sampling) in zip(("-", "--", ":"), settings, strict=True):
+        plain = bench.ours("autoregressive", bench.subject, bench.data, decoding, method="autoregressive")
+        add = partial(bench.ours, subject=bench.subject, domain=bench.data, decoding=decoding, baseline=plain)
+        contenders = [plain, add("chain", method="pass", lookahead=depth)]
+        rules = RULES if sampling["temperature"] > 0 else RULES[:1]
+        for rule in rules:
+            contenders += [add(f"tree of {n}, {rule}", **bench.tree(depth, n, rule=rule)) for n in TREE_SIZES]
+        rows = figures(contenders, take_turns(contenders, bench.seed, decoding))
+        data[decoding] = rows
+        for colour, rule in enumerate(rules):
+            own = [row for row in rows if row["method"].endswith(rule)]
+            title = f"{decoding}, {rule}"
+            panels[0].append(plots.Line(title, TREE_SIZES, [row["tokens_per_pass"] for row in own], colour, style))
+            panels[1].append(plots.Line(title, TREE_SIZES, [row["speedup"][1] for row in own], colour, style))
+        texts.append(bench.caption(bench.subject, decoding, bench.counts(bench.data)) + ":")
+        texts.append(methods_table(rows, decoding == GREEDY))
+    data["teacher_forced"] = bench.forced(bench.subject, bench.data)
+    texts.append(forced_line(bench.subject, data["teacher_forced"], bench.data))
+    scale = {"xscale": "log", "xticks": TREE_SIZES, "xticklabels": TREE_SIZES}
+    picture = plots.curves(
+        [
+            plots.Panel("drafts in a tree", "tokens/pass", panels[0], scale),
+            plots.Panel("drafts in a tree", "speed-up over plain decoding", panels[1], scale),
+        ]
+    )
+    return Report("\n\n".join(texts), data, {"trees": picture})
 
 
 def acceptance(bench: Bench) -> Report:
@@ -319,6 +365,7 @@ EXPERIMENTS: dict[str, Callable[[Bench], Report]] = {
     "headline": headline,
     "methods": methods,
     "lookahead": lookahead,
+    "trees": trees,
     "acceptance": acceptance,
     "cost": cost,
     "check": check,

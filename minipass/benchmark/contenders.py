@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from minipass import checkpoint, losses
+from minipass.benchmark.measuring import Contender, ours
 from minipass.data import Document, encode_documents, even_windows, read_documents, split_documents
-from minipass.measuring import Contender, ours
+from minipass.layout import best_tree
 from minipass.model import GPT
 
 GREEDY, SAMPLED, PLAIN_SAMPLED = "greedy", "T = 0.8, top-k 10", "T = 1"
@@ -97,11 +98,17 @@ class Bench:
         found: dict[str, Callable[[int], dict]] = {
             "two-pass": lambda L: {"method": "pass-two-pass", "lookahead": L},
             "fused": lambda L: {"method": "pass", "lookahead": L},
+            "tree of 4 L": lambda L: self.tree(L, 4 * L),
         }
         if self.draft:
             draft_model = self.draft.model
             found[TWO_MODELS] = lambda L: {"method": "speculative", "lookahead": L, "draft_model": draft_model}
         return found
+
+    def tree(self, lookahead: int, n_drafts: int, **settings) -> dict:
+        """stream's settings for the tree of n_drafts nodes and at most L deep that keeps most drafts of the subject."""
+        hits = self.forced(self.subject, self.data)["hits"][:lookahead]
+        return {"method": "pass-tree", "lookahead": lookahead, "tree": best_tree(hits, n_drafts), **settings}
 
     def family(self, domain: str, decoding: str, lengths: Sequence[int], without: str = "") -> list[Contender]:
         """Plain decoding of the subject, then each method, except the one named, with each number of drafts."""
