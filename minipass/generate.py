@@ -20,6 +20,7 @@ from minipass.layout import (
     chain,
     draft_layout,
     fused_layout,
+    group_rows,
     lookahead_ids,
     path,
     path_layout,
@@ -337,7 +338,7 @@ def _fused(run: _Run) -> Iterator[Round]:
     the case that it is the last one kept.
     """
     vocab_size, device = run.model.config.vocab_size, run.model.device
-    batch = torch.arange(len(run.prompts), device=device)
+    batch = torch.arange(len(run.prompts), device=device)[:, None]
     logits = run.prefill(lookahead_ids(vocab_size, run.room_for_drafts(already=1)).to(device))
     root = run.draw(run.probs(logits[:, 0]))
     draft_logits = logits[:, 1:]  # (B, L, V)
@@ -348,7 +349,7 @@ def _fused(run: _Run) -> Iterator[Round]:
         n_lookahead = run.room_for_drafts(already=1)  # what the next round can use at most
         drafts, draft_probs = run.draft(tree, draft_logits[:, : tree.depth[-1]])  # (B, N), (B, D, V)
 
-        groups = lookahead_ids(vocab_size, n_lookahead, n_groups=n_rows).to(device)
+        groups = lookahead_ids(vocab_size, *tree.lengths(n_lookahead)).to(device)
         rows = torch.cat([root[:, None], drafts, _repeat(groups, run)], dim=1)
         logits = run.forward(rows, fused_layout(tree, n_lookahead, device))
         target_probs = run.probs(logits[:, :n_rows])  # (B, N + 1, V)
@@ -356,8 +357,8 @@ def _fused(run: _Run) -> Iterator[Round]:
         last = run.keep_path(verified)
 
         # The group behind the last row that was kept: its outputs are the next draft distributions.
-        group_logits = logits[:, n_rows:].unflatten(1, (n_rows, n_lookahead))
-        draft_logits = group_logits[batch, last]
+        next_rows = group_rows(tree, n_lookahead, device)[last]  # (B, n_lookahead)
+        draft_logits = logits[batch, next_rows]
         root = verified.next_token
         yield run.emit(verified=verified)
 

@@ -36,7 +36,7 @@ def training_pass(
     n_text, n_lookahead = text.shape[1], model.config.n_lookahead if n_lookahead is None else n_lookahead
     if n_lookahead == 0 or cuts.shape[1] == 0:
         return model(text), text.new_zeros(len(text), 0, 0, model.config.vocab_size, dtype=torch.float32)
-    ids = lookahead_ids(model.config.vocab_size, n_lookahead, n_groups=cuts.shape[1]).to(text.device)
+    ids = lookahead_ids(model.config.vocab_size, *[n_lookahead] * cuts.shape[1]).to(text.device)
     ids = torch.cat([text, ids.expand(len(text), -1)], dim=1)
     layout = with_groups(path(n_text), cuts, n_lookahead).to(text.device)
     logits = model(ids, layout)

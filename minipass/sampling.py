@@ -10,7 +10,7 @@ import math
 import torch
 
 from minipass.errors import InputError
-from minipass.layout import DraftTree, tree
+from minipass.layout import DraftTree, ancestors
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -136,8 +136,7 @@ def tree_accept(
     else:
         fits[:, 1:], residual = _recursive_rejection(drafts, draft_tokens, draft_probs, target_probs, generator)
 
-    ancestors = tree([-1, *drafts.parents]).visible.to(device)  # (1, N + 1, N + 1), a node is its own
-    kept = (fits[:, None] | ~ancestors).all(-1)  # (B, N + 1)
+    kept = (fits[:, None] | ~ancestors(drafts, device)).all(-1)  # (B, N + 1), those with all that lies before them
     last = kept.long().cumsum(1).argmax(1)  # nodes stand by depth: the last kept one is the path's end
     batch = torch.arange(len(kept), device=device)
     return kept, drawn[batch, last] if draft_probs is None else draw(residual[batch, last], generator)

@@ -184,7 +184,8 @@ MISTAKES = {
     "cache of the first text for all": (3, KVCache.mask, "self.length[:, None]", "self.length[:1, None]"),
     "values not stored": (3, KVCache.store, "values[self.batch, :, slots] = v.transpose(1, 2)", "pass"),
     "groups see each other": (
-        4, with_groups, "groups[:, :, :1] = anchors[:, :, None]", "groups[:, :1, :1] = anchors[:, :1, None]",
+        4, with_groups, "rows[:, first_row[lengths > 0]] = anchors[:, lengths > 0]",
+        "rows[:, first_row[:1]] = anchors[:, :1]",
     ),
     "ids from vocab_size + 1": (4, lookahead_ids, "vocab_size + torch", "vocab_size + 1 + torch"),
     "rejected drafts kept in the cache": (6, _two_pass, "run.keep(1 + verified.n_accepted)", "run.keep(1 + n_drafts)"),
@@ -194,7 +195,7 @@ MISTAKES = {
     "root not kept": (
         7, _fused, "last = run.keep_path(verified)", "last = verified.n_accepted; run.keep(verified.n_accepted)",
     ),
-    "always the first group": (7, _fused, "group_logits[batch, last]", "group_logits[batch, 0]"),
+    "always the first group": (7, _fused, "n_lookahead, device)[last]", "n_lookahead, device)[last * 0]"),
     "cut itself": (8, rows_after_cuts, "[..., None] + 1 +", "[..., None] +"),
     "KL the wrong way": (8, lookahead_loss, "(log_q.exp() * (log_q - log_p))", "(log_p.exp() * (log_p - log_q))"),
     "target not detached": (8, lookahead_loss, "text_logits.detach()", "text_logits"),

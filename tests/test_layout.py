@@ -96,4 +96,4 @@ def test_groups_hang_from_their_anchors_in_each_row_of_a_batch():
 
 
 def test_lookahead_ids_lie_behind_the_vocabulary_and_repeat_for_each_group():
-    assert lookahead_ids(100, 3, n_groups=2).tolist() == [100, 101, 102, 100, 101, 102]
+    assert lookahead_ids(100, 3, 0, 2).tolist() == [100, 101, 102, 100, 101]

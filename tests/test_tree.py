@@ -9,7 +9,7 @@ from conftest import chi_square_p_value, random_model, sequence_probabilities
 import minipass.generate
 import minipass.sampling
 from minipass.generate import ACCEPTED, BONUS, CORRECTED, RULES, generate, stream
-from minipass.layout import DraftTree, Layout, best_tree, chain, fused_layout, tree
+from minipass.layout import DraftTree, Layout, ancestors, best_tree, chain, fused_layout, group_rows
 from minipass.model import KVCache
 from minipass.sampling import draw, draw_candidates, probabilities, speculative_accept, tree_accept
 
@@ -23,10 +23,10 @@ def tiny():
     return random_model(seed=5, std=0.5, vocab_size=5, block_size=16, n_layer=1, n_lookahead=3)
 
 
-def tree_p_value(model, rule: str, n_new: int = 4, **sampling) -> float:
-    """Chi-square of N_SAMPLES texts, drawn with TREE, against their enumerated distribution."""
+def tree_p_value(model, rule: str, n_new: int = 4, tree: DraftTree = TREE, **sampling) -> float:
+    """Chi-square of N_SAMPLES texts, drawn with a tree, against their enumerated distribution."""
     sampling = sampling or {"temperature": 1.0}
-    settings = {"method": "pass-tree", "tree": TREE, "rule": rule, "generator": torch.Generator().manual_seed(0)}
+    settings = {"method": "pass-tree", "tree": tree, "rule": rule, "generator": torch.Generator().manual_seed(0)}
     result = generate(model, [[1, 2, 3]] * N_SAMPLES, n_new, **settings, **sampling)
     samples = [tuple(tokens) for tokens in result.tokens]
     return chi_square_p_value(samples, sequence_probabilities(model, [1, 2, 3], n_new, **sampling))
@@ -253,6 +253,39 @@ def test_recorded_distributions_are_what_the_model_says_behind_each_node(rule, l
     assert n_compared > 10
 
 
+# Groups that are not complete.
+
+SPARSE = DraftTree(TREE.parents, groups=(3, 1, 2, 0, 0, 1, 0, 0))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_incomplete_groups_change_the_passes_not_the_text(rule, lively_model):
+    prompts = [[token, 3, 8] for token in range(11)] + [[1] * 37]
+    settings = {"method": "pass-tree", "rule": rule}
+    plain = generate(lively_model, prompts, 30, method="autoregressive")
+    sparse = generate(lively_model, prompts, 30, tree=SPARSE, **settings)
+    assert sparse.tokens == plain.tokens
+    assert sparse.passes >= generate(lively_model, prompts, 30, tree=TREE, **settings).passes
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_texts_from_incomplete_groups_have_exactly_the_enumerated_distribution(rule, tiny):
+    assert tree_p_value(tiny, rule, tree=SPARSE) > 1e-3
+
+
+def test_a_group_that_is_not_there_is_stood_in_for_by_rows_that_are():
+    rows = group_rows(DraftTree((0, 1), groups=(3, 1, 0)), 3, CPU)
+    assert rows.tolist() == [[3, 4, 5], [6, 6, 6], [3, 4, 5]]  # real rows 0..2, then the groups
+    complete = group_rows(chain(2), 2, CPU)
+    assert complete.tolist() == [[3, 4], [5, 6], [7, 8]]
+
+
+@pytest.mark.parametrize("groups", [(1,), (0, 1, 1)])
+def test_groups_that_do_not_fit_the_nodes_are_refused(groups):
+    with pytest.raises(ValueError, match="groups"):
+        DraftTree((0, 0), groups)
+
+
 # The shape of a tree, and its choice.
 
 
@@ -330,5 +363,4 @@ def test_gather_puts_the_kept_rows_behind_what_each_text_has():
 
 
 def test_ancestors_of_a_draft_tree_are_those_of_the_mask_builder():
-    visible = tree([-1, *TREE.parents]).visible[0]
-    assert visible[7].nonzero().flatten().tolist() == [0, 1, 4, 7]
+    assert ancestors(TREE, CPU)[7].nonzero().flatten().tolist() == [0, 1, 4, 7]

@@ -29,9 +29,8 @@ def write_handout(folder: Path) -> None:
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise InputError(f"{folder} is there already and not an empty folder; name a new one")
-        for part in ("minipass", "tests"):
-            (folder / part).mkdir(parents=True)
         for name, text in handout().items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, "utf-8")
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}") from error

@@ -222,7 +222,7 @@ def fused_rows(n_path: int, n_lookahead: int) -> list[tuple[int, int]]:
 @exercise_4(2)
 def test_ids_of_lookahead_tokens():
     assert lookahead_ids(10, 3).tolist() == [10, 11, 12], "[LA]_1 has the input id vocab_size"
-    ids = lookahead_ids(10, 2, n_groups=3)
+    ids = lookahead_ids(10, 2, 2, 2)
     assert ids.tolist() == [10, 11] * 3, "each group should begin again with [LA]_1"
     assert ids.dtype == torch.int64, "ids should be int64"
 
