@@ -26,12 +26,12 @@ from minipass.generate import (
     CORRECTED,
     DEFAULT_LOOKAHEAD,
     DEFAULT_TREE,
-    TYPICAL_HITS,
     Generation,
     Round,
     stream,
 )
-from minipass.layout import best_tree
+from minipass.layout import DraftTree
+from minipass.shapes import best_tree, fastest_tree, round_seconds
 from minipass.tokenizer import encode_bytes
 from minipass.trace import Trace
 
@@ -68,8 +68,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-k", type=int, default=10, help="draw from the k most likely tokens (default: %(default)s)")
     add("--top-p", type=float, help="draw from the fewest tokens with this probability (default: all)")
     add("--lookahead", type=int, help=f"drafts in a round, L (default: {DEFAULT_LOOKAHEAD}, the fastest on a CPU)")
-    add("--tree-size", type=int, default=len(DEFAULT_TREE.parents), help="drafts in a round of --pass tree (default: "
-        "%(default)s)")  # fmt: skip
+    add("--tree-size", type=tree_size, default=8, metavar="N", help="drafts in a round of --pass tree, or auto: the "
+        "fastest by a short measurement, on which the text of a seed then depends (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, bfloat16 where "
@@ -83,11 +83,29 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError(f"--compare and {'--json' if args.json else '--trace'} exclude each other")
     if args.trace and not args.trace.name:
         raise InputError(f"--trace must name a file, not {args.trace}")
-    if not 1 <= args.tree_size <= MOST_TREE_SIZE:
-        raise InputError(f"--tree-size must lie in 1..{MOST_TREE_SIZE}, not {args.tree_size}")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2**63 - 1, not {args.seed}")
     return args
+
+
+def tree_size(argument: str) -> int | None:
+    """The number of drafts; None for auto."""
+    if argument == "auto":
+        return None
+    if not argument.isdecimal() or not 1 <= int(argument) <= MOST_TREE_SIZE:
+        raise InputError(f"--tree-size must be auto or lie in 1..{MOST_TREE_SIZE}, not {argument}")
+    return int(argument)
+
+
+def choose_tree(loaded: checkpoint.Checkpoint, args: argparse.Namespace) -> DraftTree:
+    """The tree of --pass tree, from the hits that were measured at the end of the checkpoint's training."""
+    hits = loaded.record.get("hits", [])[: args.lookahead]
+    if not hits:
+        return DEFAULT_TREE
+    if args.tree_size:
+        return best_tree(hits, args.tree_size)
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    return fastest_tree(hits, round_seconds(loaded.model, hits, **sampling))
 
 
 def read_prompt(argument: str | None) -> bytes:
@@ -169,7 +187,7 @@ def main() -> None:
     loaded = checkpoint.load(args.checkpoint, device=device, dtype=dtype)
     encoding, prompt_ids = loaded.encoding, encode_bytes(loaded.encoding, prompt)
 
-    tree = best_tree(loaded.record.get("hits", TYPICAL_HITS)[: args.lookahead], args.tree_size)
+    tree = choose_tree(loaded, args) if args.variant == "tree" else None
 
     def rounds_of(method: str):
         return stream(

@@ -7,7 +7,6 @@ every row of a path (or tree) of drafts, and a training sequence is the text wit
 cuts (PaSS, section 3; arXiv 2311.13581).
 """
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -129,28 +128,6 @@ class DraftTree:
 def chain(n_drafts: int) -> DraftTree:
     """The tree without a fork: d_1..d_L."""
     return DraftTree(tuple(range(n_drafts)))
-
-
-def best_tree(hits: Sequence[Sequence[float]], n_drafts: int) -> DraftTree:
-    """The tree of n_drafts nodes that keeps most drafts: always adds the node that is reached and kept most often.
-
-    hits: (L, K) how often the draft of rank k at depth i + 1 is the right one, as losses.evaluate measures (`hits`);
-    the probability of a path is the product of its nodes'. Fewer nodes come back when L and K do not give as many.
-    """
-    chosen: list[tuple[int, ...]] = []  # a node is named by the ranks on the way to it
-    growing = [(-hits[0][0], (0,))] if hits else []  # the likeliest node first
-    while growing and len(chosen) < n_drafts:
-        minus_probability, ranks = heapq.heappop(growing)
-        chosen.append(ranks)
-        depth, rank = len(ranks), ranks[-1]
-        if depth < len(hits):
-            heapq.heappush(growing, (minus_probability * hits[depth][0], (*ranks, 0)))
-        if rank + 1 < len(hits[depth - 1]) and hits[depth - 1][rank] > 0:
-            sibling = minus_probability / hits[depth - 1][rank] * hits[depth - 1][rank + 1]
-            heapq.heappush(growing, (sibling, (*ranks[:-1], rank + 1)))
-    chosen.sort(key=lambda ranks: (len(ranks), ranks))
-    number = {(): 0} | {ranks: i for i, ranks in enumerate(chosen, 1)}
-    return DraftTree(tuple(number[ranks[:-1]] for ranks in chosen))
 
 
 @lru_cache(maxsize=256)

@@ -85,11 +85,12 @@ def evaluate(model: GPT, windows: torch.Tensor, *, n_groups: int = 8, batch_size
     """Teacher-forced figures on windows (N, T + 1) of held-out text, always from the same cuts.
 
     Returns `loss`, nats per token of plain next-token prediction, and by look-ahead position (lists of L)
-    `acceptance`, the expected acceptance sum(min(p, q)) = 1 - TV(p, q) at temperature 1; `hits`, (L, N_RANKS),
-    how often the model's most likely token is the draft of each rank; and `match`, the first of these.
+    `acceptance`, the expected acceptance sum(min(p, q)) = 1 - TV(p, q) at temperature 1; `match`, how often the
+    most likely draft is the model's most likely token; and `hits`, (L, N_RANKS), how often that token is the draft of
+    each rank, counted where all positions before had such a hit, as on a path of a tree.
     """
     n_lookahead, rng = model.config.n_lookahead, np.random.default_rng(0)
-    losses, acceptance, hits = [], [], []
+    losses, acceptance, right = [], [], []
     for batch in windows.split(batch_size):
         text, targets = batch[:, :-1].to(model.device), batch[:, 1:].to(model.device)
         cuts = random_cuts(len(text), text.shape[1], n_groups, n_lookahead, rng)
@@ -100,7 +101,12 @@ def evaluate(model: GPT, windows: torch.Tensor, *, n_groups: int = 8, batch_size
             p, q = draft_logits.float().softmax(-1), q_logits.float().softmax(-1)
             acceptance.append(torch.minimum(p, q).sum(-1).flatten(0, 1))
             ranked = draft_logits.topk(min(N_RANKS, p.shape[-1])).indices  # (B, G, L, N_RANKS)
-            hits.append((ranked == q_logits.argmax(-1, keepdim=True)).float().flatten(0, 1))
-    loss = torch.stack(losses).mean().item()
-    acceptance, hits = (torch.cat(parts).mean(0).tolist() if parts else [] for parts in (acceptance, hits))
-    return {"loss": loss, "acceptance": acceptance, "hits": hits, "match": [ranks[0] for ranks in hits]}
+            right.append((ranked == q_logits.argmax(-1, keepdim=True)).flatten(0, 1))  # (B * G, L, N_RANKS)
+    figures = {"loss": torch.stack(losses).mean().item(), "acceptance": [], "match": [], "hits": []}
+    if right:
+        right = torch.cat(right).double()  # (N, L, N_RANKS)
+        reached = F.pad(right.sum(-1).cumprod(1), (1, -1), value=1.0)[..., None]  # (N, L, 1): all before were hits
+        figures["acceptance"] = torch.cat(acceptance).mean(0).tolist()
+        figures["match"] = right[..., 0].mean(0).tolist()
+        figures["hits"] = ((right * reached).sum(0) / reached.sum(0).clamp(min=1)).tolist()
+    return figures

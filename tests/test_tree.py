@@ -1,4 +1,4 @@
-"""Trees of drafts: both rules against exact enumeration, planted bugs, the chain as a special case, the best tree."""
+"""Trees of drafts: both rules against exact enumeration, planted bugs, the chain as a special case."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from conftest import chi_square_p_value, random_model, sequence_probabilities
 import minipass.generate
 import minipass.sampling
 from minipass.generate import ACCEPTED, BONUS, CORRECTED, RULES, generate, stream
-from minipass.layout import DraftTree, Layout, ancestors, best_tree, chain, fused_layout, group_rows
+from minipass.layout import DraftTree, Layout, ancestors, chain, fused_layout, group_rows
 from minipass.model import KVCache
 from minipass.sampling import draw, draw_candidates, probabilities, speculative_accept, tree_accept
 
@@ -286,7 +286,7 @@ def test_groups_that_do_not_fit_the_nodes_are_refused(groups):
         DraftTree((0, 0), groups)
 
 
-# The shape of a tree, and its choice.
+# The shape of a tree.
 
 
 def test_a_tree_knows_depths_ranks_and_width_and_can_be_cut():
@@ -321,34 +321,6 @@ def test_rows_of_a_fused_tree_see_their_own_path_alone():
         [0, 1, 3, 10, 11],
     ]
     assert layout.depth[0].tolist() == [0, 1, 1, 2, 1, 2, 2, 3, 2, 3, 3, 4]
-
-
-def test_the_best_tree_keeps_more_than_any_other_of_its_size():
-    hits = [[0.5, 0.2, 0.1], [0.4, 0.25, 0.1], [0.3, 0.1, 0.05]]
-
-    def expected_kept(shape: DraftTree) -> float:
-        reach, total = [1.0], 0.0
-        for node, (parent, rank) in enumerate(zip(shape.parents, shape.rank, strict=True), 1):
-            depth = shape.depth[node]
-            fits = depth <= len(hits) and rank < 3
-            reach.append(reach[parent] * hits[depth - 1][rank] if fits else 0.0)
-            total += reach[-1]
-        return total
-
-    for n in range(1, 6):
-        others = []
-        for parents in itertools.product(*(range(i + 1) for i in range(n))):
-            try:
-                others.append(expected_kept(DraftTree(parents)))
-            except ValueError:
-                continue
-        assert expected_kept(best_tree(hits, n)) == pytest.approx(max(others))
-
-
-def test_the_best_tree_of_hits_without_alternatives_is_a_chain():
-    assert best_tree([[0.5], [0.4], [0.3]], 3) == chain(3)
-    assert best_tree([[0.5], [0.4], [0.3]], 9) == chain(3)
-    assert best_tree([], 4) == best_tree([[0.5]], 0) == chain(0)
 
 
 def test_gather_puts_the_kept_rows_behind_what_each_text_has():

@@ -10,8 +10,8 @@ import torch
 from minipass import checkpoint, losses
 from minipass.benchmark.measuring import Contender, ours
 from minipass.data import Document, encode_documents, even_windows, read_documents, split_documents
-from minipass.layout import best_tree
 from minipass.model import GPT
+from minipass.shapes import best_tree
 
 GREEDY, SAMPLED, PLAIN_SAMPLED = "greedy", "T = 0.8, top-k 10", "T = 1"
 DECODINGS: dict[str, dict] = {
