@@ -111,13 +111,16 @@ class Generation:
 
 
 class _Run:
-    """What a generation carries from round to round: the target's cache, how much each prompt may still emit."""
+    """What a generation carries from round to round: the target's cache, how much each prompt may still emit.
+
+    A run ends where its texts end or fill the window; `stream` then begins another with what is kept of them.
+    """
 
     def __init__(
         self,
         model: GPT,
         prompts: list[list[int]],
-        max_new_tokens: int,
+        wanted: list[int],
         *,
         tree: DraftTree,
         rule: str,
@@ -127,7 +130,9 @@ class _Run:
     ) -> None:
         self.model, self.prompts, self.tree, self.rule = model, prompts, tree, rule
         self.sampling, self.stop_token, self.generator = sampling, stop_token, generator
-        self.remaining = [min(max_new_tokens, model.config.block_size - len(prompt)) for prompt in prompts]
+        self.remaining = [
+            min(left, model.config.block_size - len(prompt)) for left, prompt in zip(wanted, prompts, strict=True)
+        ]
         self.cache = self.new_cache(model)
         self.unreported_passes = 0
 
@@ -436,8 +441,9 @@ def stream(
     """Continues one or several prompts, yielding a Round at a time. What comes out has the target's distribution.
 
     prompt_ids: a sequence of token ids, or a list of such sequences, of any lengths.
-    max_new_tokens: at most so many for each prompt; a text ends earlier at stop_token, which is emitted, and where
-    prompt and new tokens fill the context window.
+    max_new_tokens: at most so many for each prompt; a text ends earlier at stop_token, which is emitted. Where a text
+    has filled the context window, its context becomes the last half of the window (`kept_context`), for all methods
+    alike: the target's distribution is that of plain decoding with this rule.
     method: one of METHODS. temperature, top_k, top_p: see sampling.probabilities.
     lookahead: drafts in a round, L (None: DEFAULT_LOOKAHEAD, or what the model's table has if that is less).
     draft_model: the drafter of `speculative`, same vocabulary. fixed_token: what stands in for look-ahead tokens in
@@ -469,31 +475,39 @@ def stream(
             )
     else:
         tree, rule = chain(0 if method == "autoregressive" else lookahead), "recursive"
-    run = _Run(
-        model,
-        prompts,
-        max_new_tokens,
-        tree=tree,
-        rule=rule,
-        sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
-        stop_token=stop_token,
-        generator=generator,
-    )
-    if method == "autoregressive":
-        yield from _autoregressive(run)
-    elif method == "pass-two-pass":
-        yield from _two_pass(run, lookahead_ids(config.vocab_size, lookahead).to(model.device))
-    elif method == "fixed-token":
-        token = config.vocab_size - 1 if fixed_token is None else fixed_token
-        if not 0 <= token < config.vocab_size:
-            raise InputError(f"fixed_token must lie in 0..{config.vocab_size - 1}, not {token}")
-        yield from _two_pass(run, torch.full((lookahead,), token, device=model.device))
-    elif method in ("pass", "pass-tree"):
-        yield from _fused(run)
-    else:
-        if draft_model is None or draft_model.config.vocab_size != config.vocab_size:
-            raise InputError("method 'speculative' needs a draft_model with the same vocabulary")
-        yield from _speculative(run, draft_model)
+    fixed_token = config.vocab_size - 1 if fixed_token is None else fixed_token
+    if not 0 <= fixed_token < config.vocab_size:
+        raise InputError(f"fixed_token must lie in 0..{config.vocab_size - 1}, not {fixed_token}")
+    if method == "speculative" and (draft_model is None or draft_model.config.vocab_size != config.vocab_size):
+        raise InputError("method 'speculative' needs a draft_model with the same vocabulary")
+    settings = {
+        "tree": tree,
+        "rule": rule,
+        "sampling": {"temperature": temperature, "top_k": top_k, "top_p": top_p},
+        "stop_token": stop_token,
+        "generator": generator,
+    }
+    rounds = {
+        "autoregressive": _autoregressive,
+        "pass-two-pass": lambda run: _two_pass(run, lookahead_ids(config.vocab_size, lookahead).to(model.device)),
+        "fixed-token": lambda run: _two_pass(run, torch.full((lookahead,), fixed_token, device=model.device)),
+        "pass": _fused,
+        "pass-tree": _fused,
+        "speculative": lambda run: _speculative(run, draft_model),
+    }[method]
+    contexts, wanted = prompts, [max_new_tokens] * len(prompts)
+    while max(wanted):
+        for record in rounds(_Run(model, [list(context) for context in contexts], wanted, **settings)):
+            for b, tokens in enumerate(record.tokens):
+                contexts[b] += tokens
+                wanted[b] = 0 if stop_token in tokens else wanted[b] - len(tokens)
+            yield record
+        contexts = [kept_context(context, config.block_size) for context in contexts]
+
+
+def kept_context(context: list[int], block_size: int) -> list[int]:
+    """What a text goes on from: all of it, or of a text that fills the window its last half."""
+    return context if len(context) < block_size else context[-(block_size // 2) :]
 
 
 def generate(model: GPT, prompt_ids: Prompts, max_new_tokens: int, **settings: Any) -> Generation:

@@ -63,12 +63,14 @@ def sequence_probabilities(
 ) -> dict[tuple, float]:
     """The exact probability of every continuation, one plain pass of the whole text at a time.
 
-    A text ends after n_new tokens, at stop_token, or where it fills the window.
+    A text ends after n_new tokens, or at stop_token; one that fills the window goes on from the window's last half.
     """
-    growing, ended = {(): 1.0}, {}
-    for _ in range(min(n_new, model.config.block_size - len(prompt))):
-        texts, grown = list(growing), {}
-        logits = model(torch.tensor([[*prompt, *text] for text in texts]))[:, -1]
+    growing, ended, block_size = {(): 1.0}, {}, model.config.block_size
+    for n in range(n_new):
+        texts, grown, n_context = list(growing), {}, len(prompt) + n
+        while n_context >= block_size:
+            n_context -= block_size - block_size // 2
+        logits = model(torch.tensor([[*prompt, *text][-n_context:] for text in texts]))[:, -1]
         for text, after in zip(texts, probabilities(logits, **sampling).tolist(), strict=True):
             for token, probability in enumerate(after):
                 if probability > 0:
