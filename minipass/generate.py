@@ -7,7 +7,7 @@ but the last, the root.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from minipass.sampling import (
     speculative_accept,
     tree_accept,
 )
+
+if TYPE_CHECKING:
+    from minipass.shapes import AdaptiveTree
 
 FREE, ACCEPTED, CORRECTED, BONUS = "free", "accepted", "corrected", "bonus"
 METHODS = ("autoregressive", "pass-two-pass", "pass", "pass-tree", "fixed-token", "speculative")
@@ -122,13 +125,14 @@ class _Run:
         prompts: list[list[int]],
         wanted: list[int],
         *,
-        tree: DraftTree,
+        trees: Sequence[DraftTree],
         rule: str,
         sampling: dict,
         stop_token: int | None,
         generator: torch.Generator | None,
     ) -> None:
-        self.model, self.prompts, self.tree, self.rule = model, prompts, tree, rule
+        self.model, self.prompts, self.tree, self.rule = model, prompts, trees[0], rule
+        self.trees = trees  # those that may come to be used
         self.sampling, self.stop_token, self.generator = sampling, stop_token, generator
         self.remaining = [
             min(left, model.config.block_size - len(prompt)) for left, prompt in zip(wanted, prompts, strict=True)
@@ -139,8 +143,8 @@ class _Run:
     def new_cache(self, model: GPT) -> KVCache:
         """Room for the longest text, for a round that overshoots its end, and for the largest pass."""
         longest = max(map(len, self.prompts))
-        depth = self.tree.depth[-1]
-        most_rows = len(self.tree.depth) * (1 + depth)  # of a fused pass; prefill's longest + L are fewer than the sum
+        depth, n_nodes = max(tree.depth[-1] for tree in self.trees), max(len(tree.depth) for tree in self.trees)
+        most_rows = n_nodes * (1 + depth)  # of a fused pass; prefill's longest + L are fewer than the sum
         max_len = longest + max(self.remaining) + depth + most_rows
         return KVCache(model.config, len(self.prompts), max_len, device=model.device, dtype=model.dtype)
 
@@ -435,7 +439,7 @@ def stream(
     generator: torch.Generator | None = None,
     draft_model: GPT | None = None,
     fixed_token: int | None = None,
-    tree: DraftTree | None = None,
+    tree: "DraftTree | AdaptiveTree | None" = None,
     rule: str | None = None,
 ) -> Iterator[Round]:
     """Continues one or several prompts, yielding a Round at a time. What comes out has the target's distribution.
@@ -448,8 +452,8 @@ def stream(
     lookahead: drafts in a round, L (None: DEFAULT_LOOKAHEAD, or what the model's table has if that is less).
     draft_model: the drafter of `speculative`, same vocabulary. fixed_token: what stands in for look-ahead tokens in
     `fixed-token` (None: the last token of the vocabulary, end of text).
-    tree: the drafts of a round of `pass-tree` (None: DEFAULT_TREE, cut at `lookahead`). rule: how they are tested, one
-    of RULES, see sampling.tree_accept (None: matching).
+    tree: the drafts of a round of `pass-tree` (None: DEFAULT_TREE), cut at `lookahead`; a shapes.AdaptiveTree changes
+    it from round to round. rule: how drafts are tested, one of RULES, see sampling.tree_accept (None: matching).
     Raises InputError for anything out of bounds, before the first pass.
     """
     if method not in METHODS:
@@ -459,29 +463,30 @@ def stream(
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     config, uses_table = model.config, method in ("pass", "pass-two-pass", "pass-tree")
+    adaptive = None if tree is None or isinstance(tree, DraftTree) else tree
+    trees = adaptive.trees if adaptive else [tree or DEFAULT_TREE]
     if lookahead is None:
-        lookahead = (tree or DEFAULT_TREE).depth[-1] if method == "pass-tree" else DEFAULT_LOOKAHEAD
+        lookahead = max(tree.depth[-1] for tree in trees) if method == "pass-tree" else DEFAULT_LOOKAHEAD
         lookahead = min(lookahead, config.n_lookahead) if uses_table else lookahead
     if lookahead < 1 or (uses_table and lookahead > config.n_lookahead):
         most = f"..{config.n_lookahead}" if uses_table else " or more"
         raise InputError(f"lookahead must lie in 1{most} for this model and method, not {lookahead}")
     if method == "pass-tree":
-        tree, rule = (tree or DEFAULT_TREE).cut(lookahead), rule or "matching"
+        trees, rule = [tree.cut(lookahead) for tree in trees], rule or "matching"
         if rule not in RULES:
             raise InputError(f"unknown rule {rule!r}; there are {', '.join(RULES)}")
-        if tree.width > config.vocab_size:
-            raise InputError(
-                f"the tree has {tree.width} drafts for one place, the vocabulary {config.vocab_size} tokens"
-            )
+        width = max(tree.width for tree in trees)
+        if width > config.vocab_size:
+            raise InputError(f"the tree has {width} drafts for one place, the vocabulary {config.vocab_size} tokens")
     else:
-        tree, rule = chain(0 if method == "autoregressive" else lookahead), "recursive"
+        trees, rule = [chain(0 if method == "autoregressive" else lookahead)], "recursive"
     fixed_token = config.vocab_size - 1 if fixed_token is None else fixed_token
     if not 0 <= fixed_token < config.vocab_size:
         raise InputError(f"fixed_token must lie in 0..{config.vocab_size - 1}, not {fixed_token}")
     if method == "speculative" and (draft_model is None or draft_model.config.vocab_size != config.vocab_size):
         raise InputError("method 'speculative' needs a draft_model with the same vocabulary")
     settings = {
-        "tree": tree,
+        "trees": trees,
         "rule": rule,
         "sampling": {"temperature": temperature, "top_k": top_k, "top_p": top_p},
         "stop_token": stop_token,
@@ -497,7 +502,11 @@ def stream(
     }[method]
     contexts, wanted = prompts, [max_new_tokens] * len(prompts)
     while max(wanted):
-        for record in rounds(_Run(model, [list(context) for context in contexts], wanted, **settings)):
+        run = _Run(model, [list(context) for context in contexts], wanted, **settings)
+        for record in rounds(run):
+            if adaptive:
+                adaptive.add(record)
+                run.tree = adaptive.tree.cut(lookahead)
             for b, tokens in enumerate(record.tokens):
                 contexts[b] += tokens
                 wanted[b] = 0 if stop_token in tokens else wanted[b] - len(tokens)

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from minipass.generate import stream
+from minipass.generate import Round, stream
 from minipass.layout import DraftTree
 from minipass.model import GPT
 
 Hits = Sequence[Sequence[float]]  # (L, K): how often the draft of each rank is right at each depth, losses.evaluate's
+SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)  # of the hits, for which an AdaptiveTree keeps a tree ready
+MOST_HITS = 0.97  # of all ranks of a place together, at the largest scale
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # drafts of the trees to choose from
 
 
@@ -119,3 +121,33 @@ def round_seconds(model: GPT, hits: Hits, n_rounds: int = 12, **sampling: Any) -
     medians = [statistics.median(measured[2:]) for measured in times]  # the first rounds are prefill and warm-up
     rows = [n_rows(tree) for tree in trees]
     return lambda n: float(np.interp(n, rows, medians))
+
+
+class AdaptiveTree:
+    """Goes over, while a text is written, to the tree that is fastest for how often its drafts were kept so far.
+
+    hits: as measured beforehand; seconds: of a round by rows. The choice depends on past rounds alone, so that the
+    text keeps the target's distribution. A text on which drafts do badly soon has few of them.
+    """
+
+    def __init__(self, hits: Hits, seconds: Callable[[int], float]):
+        self.hits = hits
+        self.trees = [fastest_tree(scaled(hits, scale), seconds) for scale in SCALES]
+        self.kept = self.expected = 8.0  # the weight of what was measured beforehand, in drafts kept
+        self.tree = self.trees[SCALES.index(1.0)]
+
+    def add(self, record: Round) -> None:
+        """Takes a round into account; `tree` is then the next round's."""
+        if record.tree is not None:
+            n_active = sum(record.active)
+            firsts = sum(depth == 1 for depth in record.tree.depth)
+            self.kept += sum(n > 0 for n in record.n_accepted) / n_active
+            self.expected += sum(self.hits[0][:firsts])
+            self.kept, self.expected = 0.97 * self.kept, 0.97 * self.expected  # forgets the rounds long past
+        ratio = self.kept / self.expected
+        self.tree = self.trees[min(range(len(SCALES)), key=lambda i: abs(SCALES[i] - ratio))]
+
+
+def scaled(hits: Hits, scale: float) -> Hits:
+    """Hits of a text that is easier or harder to draft."""
+    return [[scale * hit * min(1.0, MOST_HITS / (scale * sum(ranks) + 1e-9)) for hit in ranks] for ranks in hits]

@@ -4,10 +4,21 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import random_model
+import torch
+from conftest import chi_square_p_value, random_model, sequence_probabilities
 
+from minipass.generate import RULES, Generation, Round, generate, stream
 from minipass.layout import DraftTree, chain
-from minipass.shapes import SIZES, best_tree, expected_tokens, fastest_tree, n_rows, round_seconds, with_fewer_rows
+from minipass.shapes import (
+    SIZES,
+    AdaptiveTree,
+    best_tree,
+    expected_tokens,
+    fastest_tree,
+    n_rows,
+    round_seconds,
+    with_fewer_rows,
+)
 
 HITS = [[0.5, 0.2, 0.1], [0.4, 0.25, 0.1], [0.3, 0.1, 0.05]]
 
@@ -86,8 +97,61 @@ def test_free_rows_buy_the_largest_tree_and_dear_rows_the_smallest():
 
 def test_more_hits_buy_more_rows():
     few = [[hit / 4 for hit in ranks] for ranks in HITS]
-    cost = lambda rows: 1 + 0.03 * rows  # noqa: E731
     assert n_rows(fastest_tree(few, cost)) < n_rows(fastest_tree(HITS, cost))
+
+
+def cost(rows: int) -> float:
+    return 1 + 0.03 * rows
+
+
+def adapted(model, prompts, n_new: int, **settings):
+    """Decodes with trees that change; returns the generation and the trees used."""
+    adaptive = AdaptiveTree(HITS, cost)
+    settings = {"method": "pass-tree", "tree": adaptive, "generator": torch.Generator().manual_seed(0), **settings}
+    result, used = Generation(), []
+    for record in stream(model, prompts, n_new, **settings):
+        result.add(record)
+        used.append(record.tree)
+    return result, used
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_tree_that_adapts_leaves_greedy_text_as_it_is(rule, lively_model):
+    prompts = [[token, 3, 8] for token in range(6)]
+    result, used = adapted(lively_model, prompts, 60, rule=rule)
+    assert result.tokens == generate(lively_model, prompts, 60, method="autoregressive").tokens
+    assert len(set(used)) > 2, "it did change"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_tree_that_adapts_leaves_the_distribution_as_it_is(rule):
+    """Each text alone, since those of one batch share their tree."""
+    model = random_model(seed=5, std=0.5, vocab_size=5, block_size=16, n_layer=1, n_lookahead=3)
+    generator, samples = torch.Generator().manual_seed(0), []
+    trees = [DraftTree((0, 0, 1)), DraftTree((0,)), DraftTree((0, 0, 0))]
+
+    class Restless(AdaptiveTree):
+        def __init__(self):
+            self.trees, self.tree = trees, trees[0]
+
+        def add(self, record):  # by what was emitted last: as strong a dependence on the past as there can be
+            self.tree = trees[record.tokens[0][-1] % 3]
+
+    for _ in range(2000):
+        settings = {"method": "pass-tree", "rule": rule, "temperature": 1.0, "generator": generator}
+        samples += map(tuple, generate(model, [1, 2, 3], 4, tree=Restless(), **settings).tokens)
+    assert chi_square_p_value(samples, sequence_probabilities(model, [1, 2, 3], 4, temperature=1.0)) > 1e-3
+
+
+def test_drafts_that_are_not_kept_make_the_tree_smaller_and_kept_ones_larger():
+    sizes = {}
+    for kept in (0, 1):
+        adaptive = AdaptiveTree(HITS, cost)
+        start = n_rows(adaptive.tree)
+        for _ in range(50):
+            adaptive.add(Round([[1]], [[]], [1], [kept], [True], 1, tree=adaptive.tree))
+        sizes[kept] = n_rows(adaptive.tree)
+    assert sizes[0] < start < sizes[1]
 
 
 def test_the_time_of_a_round_is_measured_for_any_number_of_rows():
