@@ -25,13 +25,11 @@ from minipass.generate import (
     BONUS,
     CORRECTED,
     DEFAULT_LOOKAHEAD,
-    DEFAULT_TREE,
     Generation,
     Round,
     stream,
 )
-from minipass.layout import DraftTree
-from minipass.shapes import best_tree, fastest_tree, round_seconds
+from minipass.shapes import AdaptiveTree, best_tree, round_seconds
 from minipass.tokenizer import encode_bytes
 from minipass.trace import Trace
 
@@ -46,6 +44,7 @@ DEFAULT_PROMPT = '''class Stack:
 
     def push(self, item):'''  # no line end: the tokens of this text hold it together with the indentation behind it
 MOST_TREE_SIZE = 256  # drafts; a pass has as many times 1 + L rows
+AUTO, MOST_AUTO_LOOKAHEAD = "auto", 5
 COLOURS = {ACCEPTED: "32", BONUS: "36", CORRECTED: "33"}  # green, cyan, yellow; a free token stays as it is
 METHOD_OF = {None: "autoregressive", "fused": "pass", "two-pass": "pass-two-pass", "tree": "pass-tree"}
 
@@ -67,9 +66,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     add("--top-k", type=int, default=10, help="draw from the k most likely tokens (default: %(default)s)")
     add("--top-p", type=float, help="draw from the fewest tokens with this probability (default: all)")
-    add("--lookahead", type=int, help=f"drafts in a round, L (default: {DEFAULT_LOOKAHEAD}, the fastest on a CPU)")
-    add("--tree-size", type=tree_size, default=8, metavar="N", help="drafts in a round of --pass tree, or auto: the "
-        "fastest by a short measurement, on which the text of a seed then depends (default: %(default)s)")  # fmt: skip
+    add("--lookahead", type=length, metavar="L", help="drafts in a row in each round, or auto: a tree of drafts that "
+        "fits this machine, by a short measurement, and then the text; what a seed draws depends on it (default: "
+        f"{DEFAULT_LOOKAHEAD}; as many as the tree is deep)")  # fmt: skip
+    add("--tree-size", type=int, default=8, metavar="N", help="drafts in a round of --pass tree (default: %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, bfloat16 where "
@@ -81,31 +81,43 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.compare and (args.json or args.trace):
         raise InputError(f"--compare and {'--json' if args.json else '--trace'} exclude each other")
+    if args.compare and args.variant is None:
+        args.variant = "fused"
     if args.trace and not args.trace.name:
         raise InputError(f"--trace must name a file, not {args.trace}")
+    if not 1 <= args.tree_size <= MOST_TREE_SIZE:
+        raise InputError(f"--tree-size must lie in 1..{MOST_TREE_SIZE}, not {args.tree_size}")
+    if args.lookahead == AUTO and args.variant in (None, "two-pass"):
+        raise InputError("--lookahead auto needs --pass fused or --pass tree")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2**63 - 1, not {args.seed}")
     return args
 
 
-def tree_size(argument: str) -> int | None:
-    """The number of drafts; None for auto."""
-    if argument == "auto":
-        return None
-    if not argument.isdecimal() or not 1 <= int(argument) <= MOST_TREE_SIZE:
-        raise InputError(f"--tree-size must be auto or lie in 1..{MOST_TREE_SIZE}, not {argument}")
-    return int(argument)
+def length(argument: str) -> int | str:
+    """A number of look-ahead tokens, or AUTO."""
+    if argument == AUTO:
+        return AUTO
+    try:
+        return int(argument)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number or {AUTO}, not {argument}") from None
 
 
-def choose_tree(loaded: checkpoint.Checkpoint, args: argparse.Namespace) -> DraftTree:
-    """The tree of --pass tree, from the hits that were measured at the end of the checkpoint's training."""
-    hits = loaded.record.get("hits", [])[: args.lookahead]
-    if not hits:
-        return DEFAULT_TREE
-    if args.tree_size:
-        return best_tree(hits, args.tree_size)
-    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    return fastest_tree(hits, round_seconds(loaded.model, hits, **sampling))
+def drafting(loaded: checkpoint.Checkpoint, args: argparse.Namespace) -> dict:
+    """What --pass, --lookahead and --tree-size say, as stream's settings.
+
+    Trees are chosen by the hits that were measured at the end of the checkpoint's training.
+    """
+    method, hits = METHOD_OF[args.variant], loaded.record.get("hits", [])
+    if args.lookahead == AUTO:
+        if not hits:
+            raise InputError(f"{args.checkpoint} has no record of how often its drafts are right; give --lookahead")
+        sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+        hits = hits[:MOST_AUTO_LOOKAHEAD]
+        return {"method": "pass-tree", "tree": AdaptiveTree(hits, round_seconds(loaded.model, hits, **sampling))}
+    tree = best_tree(hits[: args.lookahead], args.tree_size) if hits and method == "pass-tree" else None
+    return {"method": method, "lookahead": args.lookahead, "tree": tree}
 
 
 def read_prompt(argument: str | None) -> bytes:
@@ -156,14 +168,14 @@ def statistics_line(result: Generation, seconds: float, coloured: bool) -> str:
     return line
 
 
-def compare(rounds_of: Callable, method: str, repeats: int = 5) -> None:
-    """Prints medians over `repeats` alternating runs of both methods, after a warm-up of each."""
-    methods = ("autoregressive", method)
+def compare(rounds_of: Callable, drafts: dict, repeats: int = 5) -> None:
+    """Prints medians over `repeats` alternating runs without and with drafts, after a warm-up of each."""
+    methods = {"autoregressive": {"method": "autoregressive"}, drafts["method"]: drafts}
     rates: dict[str, list[float]] = {name: [] for name in methods}
     results = {}
     for repeat in range(repeats + 1):
         for name in methods:
-            results[name], seconds = run(rounds_of(name))
+            results[name], seconds = run(rounds_of(methods[name]))
             if repeat:
                 rates[name].append(len(results[name].tokens[0]) / seconds)
     print(f"{'':16}{'tokens/s':>10}{'tokens/pass':>13}{'tokens':>8}{'passes':>8}")
@@ -175,7 +187,8 @@ def compare(rounds_of: Callable, method: str, repeats: int = 5) -> None:
         f"speed-up {statistics.median(ratios):.2f} (median of {repeats} pairs, {min(ratios):.2f} to {max(ratios):.2f}; "
         "prefill included)"
     )
-    same = results[method].tokens == results["autoregressive"].tokens
+    one, other = (result.tokens for result in results.values())
+    same = one == other
     print("same text" if same else "another text: at temperature > 0 another draw, in bfloat16 also another rounding")
 
 
@@ -187,28 +200,27 @@ def main() -> None:
     loaded = checkpoint.load(args.checkpoint, device=device, dtype=dtype)
     encoding, prompt_ids = loaded.encoding, encode_bytes(loaded.encoding, prompt)
 
-    tree = choose_tree(loaded, args) if args.variant == "tree" else None
-
-    def rounds_of(method: str):
+    def rounds_of(drafts: dict):
         return stream(
             loaded.model,
             prompt_ids,
             args.max_new_tokens,
-            method=method,
+            **drafts,
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
-            lookahead=args.lookahead,
-            tree=tree,
             stop_token=encoding.eot_token,
             generator=torch.Generator(device).manual_seed(args.seed),
         )
 
+    drafts = drafting(loaded, args)
     if args.compare:
-        compare(rounds_of, METHOD_OF[args.variant or "fused"])
+        compare(rounds_of, drafts)
         return
-    method = METHOD_OF[args.variant]
-    names = ("checkpoint", "temperature", "top_k", "top_p", "lookahead", "seed")
+    method = drafts["method"]
+    names = ["checkpoint", "temperature", "top_k", "top_p", "lookahead", "seed"]
+    if args.variant == "tree" and args.lookahead != AUTO:
+        names.append("tree_size")
     given = {name.replace("_", "-"): getattr(args, name) for name in names if getattr(args, name) is not None}
     trace = Trace(encoding, prompt, {"method": method, **given, "dtype": str(dtype).removeprefix("torch.")})
 
@@ -217,7 +229,7 @@ def main() -> None:
             trace.add(record)
 
     if args.json:
-        result, seconds = run(rounds_of(method), keep)
+        result, seconds = run(rounds_of(drafts), keep)
         tokens = result.tokens[0]
         text = encoding.decode_bytes([token for token in tokens if token != encoding.eot_token])
         figures = {
@@ -239,14 +251,12 @@ def main() -> None:
     unwritten = [prompt]
 
     def show(record: Round) -> None:
-        if (
-            unwritten
-        ):  # the prompt comes with the first round, so that a bad setting is found before anything is written
+        if unwritten:  # with the first round, so that a bad setting is found before anything is written
             printer.write_bytes(unwritten.pop())
         printer.write(record.tokens[0], record.origins[0])
         keep(record)
 
-    result, seconds = run(rounds_of(method), show)
+    result, seconds = run(rounds_of(drafts), show)
     printer.write_bytes(b"", final=True)
     print(flush=True)
     print(statistics_line(result, seconds, coloured and sys.stderr.isatty()), file=sys.stderr)

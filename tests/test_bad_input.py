@@ -76,6 +76,12 @@ SAMPLE_MISTAKES = [
     ["--pass", "--lookahead", "-1"],
     ["--pass", "--lookahead", "4"],
     ["--pass", "two-pass", "--lookahead", "4"],
+    ["--pass", "two-pass", "--lookahead", "auto"],
+    ["--lookahead", "auto"],
+    ["--pass", "--lookahead", "auto"],  # no record of hits in a model that was not trained
+    ["--pass", "tree", "--lookahead", "0"],
+    ["--pass", "tree", "--tree-size", "0"],
+    ["--pass", "tree", "--tree-size", "257"],
     ["--temperature", "-1"],
     ["--temperature", "nan"],
     ["--temperature", "inf"],
@@ -137,6 +143,7 @@ def test_a_bad_checkpoint_is_one_sentence(call, tiny_checkpoint, tmp_path, scrip
     ("script", "arguments", "complaint"),
     [
         (sample, ["--pass", "bogus"], "invalid choice"),
+        (sample, ["--pass", "--lookahead", "some"], "whole number or auto"),
         (sample, ["--top-k", "many"], "invalid int value"),
         (sample, ["--no-such-flag"], "unrecognized arguments"),
         (train_tiny, ["--stage", "bogus"], "invalid choice"),
@@ -222,7 +229,8 @@ def test_a_run_that_cannot_go_on_so_is_one_sentence_and_stays_as_it_is(call, tmp
 def test_greedy_text_with_pass_equals_the_text_without(call, tiny_checkpoint):
     settings = ["--checkpoint", tiny_checkpoint, "--prompt", "Hi", "--temperature", "0", "--dtype", "float32", "--json"]
     plain, fused, two_pass = (
-        json.loads(call(sample, *settings, *extra).out) for extra in ([], ["--pass"], ["--pass", "two-pass"])
+        json.loads(call(sample, *settings, *extra).out)
+        for extra in ([], ["--pass"], ["--pass", "two-pass"], ["--pass", "tree"])
     )
     assert plain["text"] == fused["text"] == two_pass["text"]
     assert fused["passes"] <= two_pass["passes"] <= plain["passes"] == len(plain["tokens"])
@@ -236,7 +244,7 @@ def test_a_trained_model_writes_the_same_text_in_fewer_passes_fused_in_the_fewes
     settings = ["--checkpoint", tmp_path / "run/model.pt", "--prompt", "one line after", "--temperature", "0"]
     plain, fused, two_pass = (
         json.loads(call(sample, *settings, "--dtype", "float32", "--json", *extra).out)
-        for extra in ([], ["--pass"], ["--pass", "two-pass"])
+        for extra in ([], ["--pass"], ["--pass", "two-pass"], ["--pass", "tree"])
     )
     assert plain["text"] == fused["text"] == two_pass["text"]
     assert plain["text"].startswith(" the other")
