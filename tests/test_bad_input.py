@@ -228,27 +228,30 @@ def test_a_run_that_cannot_go_on_so_is_one_sentence_and_stays_as_it_is(call, tmp
 
 def test_greedy_text_with_pass_equals_the_text_without(call, tiny_checkpoint):
     settings = ["--checkpoint", tiny_checkpoint, "--prompt", "Hi", "--temperature", "0", "--dtype", "float32", "--json"]
-    plain, fused, two_pass = (
+    plain, fused, two_pass, tree = (
         json.loads(call(sample, *settings, *extra).out)
         for extra in ([], ["--pass"], ["--pass", "two-pass"], ["--pass", "tree"])
     )
-    assert plain["text"] == fused["text"] == two_pass["text"]
+    assert plain["text"] == fused["text"] == two_pass["text"] == tree["text"]
     assert fused["passes"] <= two_pass["passes"] <= plain["passes"] == len(plain["tokens"])
     assert set(plain) == {"text", "tokens", "passes", "tokens_per_pass", "acceptance", "tokens_per_second", "method"}
-    assert [run["method"] for run in (plain, fused, two_pass)] == ["autoregressive", "pass", "pass-two-pass"]
+    methods = [run["method"] for run in (plain, fused, two_pass, tree)]
+    assert methods == ["autoregressive", "pass", "pass-two-pass", "pass-tree"]
 
 
 def test_a_trained_model_writes_the_same_text_in_fewer_passes_fused_in_the_fewest(call, tmp_path):
     training = "--steps 200 --batch-size 4 --groups 4 --block-size 64 --n-embd 32 --lr 0.02 --dtype float32".split()
     call(train_tiny, "--data", plain_text(tmp_path), "--out", tmp_path / "run", *SIZES, *training)
     settings = ["--checkpoint", tmp_path / "run/model.pt", "--prompt", "one line after", "--temperature", "0"]
-    plain, fused, two_pass = (
+    plain, fused, two_pass, tree = (
         json.loads(call(sample, *settings, "--dtype", "float32", "--json", *extra).out)
         for extra in ([], ["--pass"], ["--pass", "two-pass"], ["--pass", "tree"])
     )
-    assert plain["text"] == fused["text"] == two_pass["text"]
+    assert plain["text"] == fused["text"] == two_pass["text"] == tree["text"]
     assert plain["text"].startswith(" the other")
-    assert fused["passes"] < two_pass["passes"] < plain["passes"]
+    assert tree["passes"] <= fused["passes"] < two_pass["passes"] < plain["passes"]
+    auto = call(sample, *settings, "--pass", "--lookahead", "auto", "--dtype", "float32", "--json")
+    assert json.loads(auto.out)["text"] == plain["text"]
 
 
 def test_the_same_seed_gives_the_same_text_without_escape_codes_in_a_pipe(call, tiny_checkpoint):
