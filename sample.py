@@ -29,7 +29,7 @@ from minipass.generate import (
     Round,
     stream,
 )
-from minipass.shapes import AdaptiveTree, best_tree, round_seconds
+from minipass.shapes import MOST_AUTO_LOOKAHEAD, AdaptiveTree, best_tree, round_seconds
 from minipass.tokenizer import encode_bytes
 from minipass.trace import Trace
 
@@ -44,7 +44,7 @@ DEFAULT_PROMPT = '''class Stack:
 
     def push(self, item):'''  # no line end: the tokens of this text hold it together with the indentation behind it
 MOST_TREE_SIZE = 256  # drafts; a pass has as many times 1 + L rows
-AUTO, MOST_AUTO_LOOKAHEAD = "auto", 5
+AUTO = "auto"
 COLOURS = {ACCEPTED: "32", BONUS: "36", CORRECTED: "33"}  # green, cyan, yellow; a free token stays as it is
 METHOD_OF = {None: "autoregressive", "fused": "pass", "two-pass": "pass-two-pass", "tree": "pass-tree"}
 

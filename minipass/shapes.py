@@ -18,6 +18,7 @@ from minipass.layout import DraftTree
 from minipass.model import GPT
 
 Hits = Sequence[Sequence[float]]  # (L, K): how often the draft of each rank is right at each depth, losses.evaluate's
+MOST_AUTO_LOOKAHEAD = 5  # deeper trees are not worth the time to try them
 SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)  # of the hits, for which an AdaptiveTree keeps a tree ready
 MOST_HITS = 0.97  # of all ranks of a place together, at the largest scale
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # drafts of the trees to choose from

@@ -11,7 +11,7 @@ from minipass import checkpoint, losses
 from minipass.benchmark.measuring import Contender, ours
 from minipass.data import Document, encode_documents, even_windows, read_documents, split_documents
 from minipass.model import GPT
-from minipass.shapes import best_tree
+from minipass.shapes import MOST_AUTO_LOOKAHEAD, AdaptiveTree, best_tree, round_seconds
 
 GREEDY, SAMPLED, PLAIN_SAMPLED = "greedy", "T = 0.8, top-k 10", "T = 1"
 DECODINGS: dict[str, dict] = {
@@ -19,7 +19,7 @@ DECODINGS: dict[str, dict] = {
     SAMPLED: {"temperature": 0.8, "top_k": 10},
     PLAIN_SAMPLED: {"temperature": 1.0},
 }
-TWO_MODELS = "two models"
+TREE, TWO_MODELS = "tree of 4 L", "two models"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ class Bench:
         found: dict[str, Callable[[int], dict]] = {
             "two-pass": lambda L: {"method": "pass-two-pass", "lookahead": L},
             "fused": lambda L: {"method": "pass", "lookahead": L},
-            "tree of 4 L": lambda L: self.tree(L, 4 * L),
+            TREE: lambda L: self.tree(L, 4 * L),
         }
         if self.draft:
             draft_model = self.draft.model
@@ -107,16 +107,34 @@ class Bench:
 
     def tree(self, lookahead: int, n_drafts: int, **settings) -> dict:
         """stream's settings for the tree of n_drafts nodes and at most L deep that keeps most drafts of the subject."""
-        hits = self.forced(self.subject, self.data)["hits"][:lookahead]
-        return {"method": "pass-tree", "lookahead": lookahead, "tree": best_tree(hits, n_drafts), **settings}
+        return {
+            "method": "pass-tree",
+            "lookahead": lookahead,
+            "tree": best_tree(self.hits(lookahead), n_drafts),
+            **settings,
+        }
 
-    def family(self, domain: str, decoding: str, lengths: Sequence[int], without: str = "") -> list[Contender]:
-        """Plain decoding of the subject, then each method, except the one named, with each number of drafts."""
+    def hits(self, lookahead: int) -> list[list[float]]:
+        """How often the subject's drafts of each rank are right, (lookahead, ranks)."""
+        return self.forced(self.subject, self.data)["hits"][:lookahead]
+
+    def adaptive(self, decoding: str) -> dict:
+        """stream's settings for trees that fit this machine and the text."""
+        hits = self.hits(MOST_AUTO_LOOKAHEAD)
+        return {
+            "method": "pass-tree",
+            "tree": AdaptiveTree(hits, round_seconds(self.subject.model, hits, **DECODINGS[decoding])),
+        }
+
+    def family(
+        self, domain: str, decoding: str, lengths: Sequence[int], without: Sequence[str] = ()
+    ) -> list[Contender]:
+        """Plain decoding of the subject, then each method, except those named, with each number of drafts in a row."""
         plain = self.ours("autoregressive", self.subject, domain, decoding, method="autoregressive")
         return [plain] + [
             self.ours(name, self.subject, domain, decoding, baseline=plain, **settings(length))
             for name, settings in self.methods().items()
-            if name != without
+            if name not in without
             for length in lengths
         ]
 

@@ -10,25 +10,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from minipass.benchmark import peers, plots, quality
-from minipass.benchmark.contenders import DECODINGS, GREEDY, SAMPLED, TWO_MODELS, Bench, Subject
+from minipass.benchmark.contenders import DECODINGS, GREEDY, SAMPLED, TREE, TWO_MODELS, Bench, Subject
 from minipass.benchmark.measuring import (
     figures,
     memory_bandwidth,
+    now,
+    paired_quartiles,
     pass_seconds,
     predicted_speedup,
     quartiles,
     take_turns,
 )
 from minipass.benchmark.reporting import Report, forced_line, label, methods_table, shares, speedups, spread, table
+from minipass.data import even_windows
 from minipass.errors import InputError
-from minipass.generate import RULES
+from minipass.generate import RULES, generate
 from minipass.model import GPT, GPTConfig
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 LARGER = ((8, 8, 512), (12, 12, 768))  # layers, heads, width of the random models whose passes are timed
 PASS_REPEATS = 30
+AUTO_LENGTHS = (1, 2, 3, 4)
+BATCHES, BATCH_REPEATS = (1, 4, 16, 64), 3
 TREE_SIZES = (2, 4, 8, 16, 32)
 
 
@@ -95,7 +101,7 @@ def lookahead(bench: Bench) -> Report:
     texts, data, panels = [], {}, ([], [])
     lengths = range(1, bench.subject.model.config.n_lookahead + 1)
     for style, decoding in (("-", GREEDY), ("--", SAMPLED)):
-        contenders = bench.family(bench.data, decoding, lengths, without=TWO_MODELS)
+        contenders = bench.family(bench.data, decoding, lengths, without=(TREE, TWO_MODELS))
         rows = figures(contenders, take_turns(contenders, bench.seed, decoding))
         best = {}
         for colour, method in enumerate(dict.fromkeys(contender.name for contender in contenders[1:])):
@@ -155,6 +161,68 @@ def trees(bench: Bench) -> Report:
         ]
     )
     return Report("\n\n".join(texts), data, {"trees": picture})
+
+
+def auto(bench: Bench) -> Report:
+    """Does --lookahead auto find what is fastest? Against chains and trees of fixed sizes, on code and on prose."""
+    texts, data, panels = [], {}, []
+    lengths = [L for L in AUTO_LENGTHS if bench.subject.model.config.n_lookahead >= L]
+    for domain in dict.fromkeys([bench.data, "docstrings"]):
+        plain = bench.ours("autoregressive", bench.subject, domain, GREEDY, method="autoregressive")
+        add = partial(bench.ours, subject=bench.subject, domain=domain, decoding=GREEDY, baseline=plain)
+        contenders = [plain]
+        contenders += [add("fused", method="pass", lookahead=L) for L in lengths]
+        contenders += [add(f"tree of {n}", **bench.tree(lengths[-1], n)) for n in TREE_SIZES[:3]]
+        contenders.append(add("auto", **bench.adaptive(GREEDY)))
+        rows = figures(contenders, take_turns(contenders, bench.seed, domain))
+        data[domain] = {"rows": rows, "teacher_forced": bench.forced(bench.subject, domain)}
+        best = max(rows[1:-1], key=lambda row: row["speedup"][1])
+        texts.append(bench.caption(bench.subject, GREEDY, bench.counts(domain)) + ":")
+        texts.append(methods_table(rows, greedy=True))
+        ratio = rows[-1]["speedup"][1] / best["speedup"][1]
+        texts.append(f"Auto is at {ratio:.2f} of the best fixed choice, {label(best)}.")
+        texts.append(forced_line(bench.subject, data[domain]["teacher_forced"], domain))
+        panels.append((domain, speedups(rows)))
+    pictures = {"auto": plots.intervals(panels, "speed-up over plain decoding (median, quartiles)", 1.0)}
+    return Report("\n\n".join(texts), data, pictures)
+
+
+def batches(bench: Bench) -> Report:
+    """Up to which batch does PaSS pay? A pass over many texts has many rows as it is."""
+    model, device = bench.subject.model, bench.device
+    chosen = {"autoregressive": {"method": "autoregressive"}}
+    chosen |= {f"fused, L = {L}": {"method": "pass", "lookahead": L} for L in bench.lookahead[:1]}
+    rows = []
+    for size in BATCHES:
+        windows = even_windows(bench.tokens(bench.subject, bench.data), size, bench.prompt_tokens).tolist()
+        prompts = [window[i % (bench.prompt_tokens // 2) :] for i, window in enumerate(windows)]  # ragged
+        rates: dict[str, list[float]] = {name: [] for name in chosen}
+        for repeat in tqdm(range(1 + BATCH_REPEATS), desc=f"batches of {size}", leave=False, dynamic_ncols=True):
+            for name, settings in chosen.items():
+                began = now(device)
+                result = generate(model, prompts, bench.new_tokens, **settings)
+                seconds = now(device) - began
+                if repeat:
+                    rates[name].append(sum(map(len, result.tokens)) / seconds)
+        plain = rates["autoregressive"]
+        rows += [
+            {"batch": size, "method": name, "rate": quartiles(own), "speedup": paired_quartiles(own, plain)}
+            for name, own in rates.items()
+        ]
+    heads = ["batch", "method", "tokens/s, all texts", "speed-up (quartiles)"]
+    cells = [[str(r["batch"]), r["method"], f"{r['rate'][1]:.0f}", spread(r["speedup"])] for r in rows]
+    note = (
+        f"{bench.caption(bench.subject, GREEDY)}: different held-out prompts of {bench.prompt_tokens // 2} to "
+        f"{bench.prompt_tokens} tokens ({bench.data}), {bench.new_tokens} new tokens each, prefill included; "
+        f"{BATCH_REPEATS} runs of each in turns. A batch goes on until its last text has ended."
+    )
+    lines = [
+        plots.Line(name, BATCHES, [row["speedup"][1] for row in rows if row["method"] == name], colour)
+        for colour, name in enumerate(chosen)
+    ]
+    scale = {"xscale": "log", "xticks": BATCHES, "xticklabels": BATCHES}
+    picture = plots.curves([plots.Panel("texts in a batch", "speed-up over plain decoding", lines, scale)])
+    return Report(note + "\n\n" + table(heads, cells), {"rows": rows}, {"batches": picture})
 
 
 def acceptance(bench: Bench) -> Report:
@@ -366,6 +434,8 @@ EXPERIMENTS: dict[str, Callable[[Bench], Report]] = {
     "methods": methods,
     "lookahead": lookahead,
     "trees": trees,
+    "auto": auto,
+    "batches": batches,
     "acceptance": acceptance,
     "cost": cost,
     "check": check,
