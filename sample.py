@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from minipass import checkpoint
+from minipass import checkpoint, hf
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.errors import InputError
 from minipass.generate import ACCEPTED, BONUS, CORRECTED, DEFAULT_LOOKAHEAD, Generation, Round, stream
@@ -59,7 +59,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, bfloat16 where "
         "the hardware has it)")  # fmt: skip
-    add("--checkpoint", default="joint", help="a file, or the name of one in the package (default: %(default)s)")
+    add("--checkpoint", default="joint", help="a file, the name of one in the package, or a GPT-2: gpt2 .. gpt2-xl or "
+        "a folder with its files (default: %(default)s)")  # fmt: skip
+    add("--lookahead-table", metavar="FILE", help="take the look-ahead tokens from this file")
     add("--compare", action="store_true", help="time the prompt with and without PaSS, side by side")
     add("--json", action="store_true", help="print one JSON object")
     add("--trace", type=Path, metavar="PATH", help="also write a web page that shows every round")
@@ -150,6 +152,8 @@ def main() -> None:
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     loaded = checkpoint.load(args.checkpoint, device=device, dtype=dtype)
+    if args.lookahead_table:
+        hf.load_table(loaded.model, args.lookahead_table)
     encoding, prompt_ids = loaded.encoding, encode_bytes(loaded.encoding, prompt)
 
     def rounds_of(method: str):
@@ -170,7 +174,7 @@ def main() -> None:
         compare(rounds_of, METHOD_OF[args.variant or "fused"])
         return
     method = METHOD_OF[args.variant]
-    names = ("checkpoint", "temperature", "top_k", "top_p", "lookahead", "seed")
+    names = ("checkpoint", "lookahead_table", "temperature", "top_k", "top_p", "lookahead", "seed")
     given = {name.replace("_", "-"): getattr(args, name) for name in names if getattr(args, name) is not None}
     trace = Trace(encoding, prompt, {"method": method, **given, "dtype": str(dtype).removeprefix("torch.")})
 
