@@ -154,6 +154,8 @@ def main() -> None:
     loaded = checkpoint.load(args.checkpoint, device=device, dtype=dtype)
     if args.lookahead_table:
         hf.load_table(loaded.model, args.lookahead_table)
+    if (args.variant or args.compare) and loaded.model.config.n_lookahead == 0:
+        raise InputError(f"{args.checkpoint} has no look-ahead tokens: name a file of them with --lookahead-table")
     encoding, prompt_ids = loaded.encoding, encode_bytes(loaded.encoding, prompt)
 
     def rounds_of(method: str):

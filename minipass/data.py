@@ -58,8 +58,9 @@ def find_documents(source: str | Path) -> list[Document | FileDocument]:
     """Find a corpus, sorted by path, without files that are blank, not UTF-8 text, or copies of earlier ones.
 
     `source` is "python" (the standard library's .py files), "installed" (those and the installed packages'),
-    "docstrings" (the standard library's docstrings, one document a file), or the path of a file or folder, which may
-    be larger than memory. A `Path` is always a path. Raises InputError if there is no such path or no text in it.
+    "docstrings" (the standard library's docstrings, one document a file), or the path of a file or folder. A folder may
+    be larger than memory: its files are read one at a time, and again when their text is asked for. A `Path` is always
+    a path. Raises InputError if there is no such path or no text in it.
     """
     if isinstance(source, str) and source in BUILT_IN:
         documents = list(_drop_copies(_read_python(with_site_packages=source == "installed")))

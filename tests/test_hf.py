@@ -2,16 +2,23 @@
 
 import importlib
 import json
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_model
 
-from minipass import hf
+from minipass import checkpoint, hf, losses
 from minipass.errors import InputError
 from minipass.generate import generate
 from minipass.model import GPT
+from minipass.tokenizer import encoding_of
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import sample  # noqa: E402
+import train_tiny  # noqa: E402
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -264,3 +271,100 @@ def test_without_the_extra_the_sentence_says_what_to_install(monkeypatch, folder
     monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(InputError, match=r"needs the package safetensors: pip install -e '\.\[hf\]'"):
         hf.from_pretrained(folder)
+
+
+# The scripts, on a GPT-2 over bytes.
+
+
+@pytest.fixture
+def gpt2_over_bytes(monkeypatch, tmp_path) -> Path:
+    """A folder with a random GPT-2 whose tokens are bytes; gpt2's own vocabulary would take a download."""
+    monkeypatch.setattr(checkpoint, "gpt2_encoding", lambda: encoding_of([bytes([b]) for b in range(256)], "gpt2"))
+    model = random_model(seed=5, vocab_size=257, block_size=32, n_layer=1, n_lookahead=0, std=0.1)
+    hf.save_pretrained(model.float(), tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """call(script, "--flag", ...): runs its main."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Ctrl-C stays pytest's
+    (tmp_path / "text.txt").write_text("one line after the other, each of them a little longer.\n" * 40)
+
+    def run(script, *arguments) -> None:
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        script.main()
+
+    return run
+
+
+def training(folder: Path, *arguments) -> tuple:
+    settings = "--steps 6 --batch-size 2 --groups 2 --save-every 2 --device cpu --dtype float32".split()
+    return ("--data", folder.parent / "text.txt", "--init", folder, *settings, *arguments)
+
+
+def test_the_lookahead_stage_stores_the_table_alone_and_goes_on_from_it(gpt2_over_bytes, call, monkeypatch, tmp_path):
+    arguments = training(gpt2_over_bytes, "--stage", "lookahead", "--n-lookahead", "5")
+    call(train_tiny, *arguments, "--out", tmp_path / "unbroken")
+    files = {path.name: path.stat().st_size for path in (tmp_path / "unbroken").iterdir()}
+    assert set(files) == {"heldout.tokens", "last.pt", "log.jsonl", "loss.png", "table.safetensors", "train.tokens"}
+    assert files["table.safetensors"] < 500
+    last = torch.load(tmp_path / "unbroken/last.pt", weights_only=True)
+    assert set(last["weights"]) == {"lookahead"}
+
+    real, calls = losses.lookahead_loss, []
+
+    def power_cut(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise RuntimeError("power cut")
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(losses, "lookahead_loss", power_cut)
+        call(train_tiny, *arguments, "--out", tmp_path / "broken")
+    call(train_tiny, *arguments, "--out", tmp_path / "broken", "--resume")
+    for name in ("table.safetensors", "log.jsonl"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+
+    resumed = checkpoint.load(tmp_path / "broken/last.pt").model
+    assert torch.equal(resumed.lookahead, safetensors.load_file(tmp_path / "broken/table.safetensors")["lookahead"])
+    assert torch.equal(resumed.wte.weight, hf.from_pretrained(gpt2_over_bytes).wte.weight)
+    hf.save_pretrained(random_model(seed=5, vocab_size=257, block_size=16, n_layer=1), gpt2_over_bytes)
+    with pytest.raises(InputError, match="are others now"):
+        checkpoint.load(tmp_path / "broken/last.pt")
+
+
+def test_the_joint_stage_trains_a_gpt2_with_a_new_table_and_stores_both(gpt2_over_bytes, call, tmp_path):
+    call(train_tiny, *training(gpt2_over_bytes, "--stage", "joint", "--out", tmp_path / "run"))
+    trained = checkpoint.load(tmp_path / "run/model.pt")
+    assert trained.model.config.n_lookahead == 8
+    assert trained.encoding.name == "gpt2"
+    assert not torch.equal(trained.model.wte.weight, hf.from_pretrained(gpt2_over_bytes).wte.weight.bfloat16().float())
+    call(hf, tmp_path / "run/model.pt", tmp_path / "out")
+    exported = checkpoint.load(tmp_path / "out").model
+    weights = trained.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in exported.state_dict().items())
+
+
+def test_sampling_with_a_table_gives_the_text_without_it(gpt2_over_bytes, call, capsys, tmp_path):
+    hf.save_table(random_model(seed=0, n_lookahead=3), tmp_path / "table.safetensors")
+    settings = ["--prompt", "Hi", "--temperature", "0", "--dtype", "float32", "--device", "cpu", "--json"]
+    settings += ["--checkpoint", gpt2_over_bytes, "--lookahead-table", tmp_path / "table.safetensors"]
+    texts = []
+    for extra in ([], ["--pass"], ["--pass", "two-pass", "--lookahead", "3"]):
+        call(sample, *settings, *extra)
+        texts.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert texts[0] == texts[1] == texts[2]
+    with pytest.raises(InputError, match=r"1\.\.3 .* not 4"):
+        call(sample, *settings, "--pass", "--lookahead", "4")
+    with pytest.raises(InputError, match="has no look-ahead tokens: name a file of them with --lookahead-table"):
+        call(sample, *settings[:-2], "--pass")
+    hf.save_table(random_model(seed=0, n_embd=32), tmp_path / "table.safetensors")
+    with pytest.raises(InputError, match="does not fit a model with n_embd 16"):
+        call(sample, *settings, "--pass")
+
+
+def test_a_folder_whose_tokens_are_not_gpt2s_is_refused_where_text_is_needed(gpt2_over_bytes, folder):
+    with pytest.raises(InputError, match="a vocabulary of 257 tokens, but a model of 11"):
+        checkpoint.load(folder)
