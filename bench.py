@@ -1,141 +1,140 @@
 """Measures what PaSS gives: tokens/pass, acceptance by position and wall clock against plain decoding.
 
-Prompts come from held-out files only. For each prompt the methods take turns, so that a slow moment of the machine
-meets all of them; the figures are medians over prompts, with quartiles. Prefill is not timed, and each method first
-runs once untimed. The table on standard output is Markdown.
+`python bench.py` measures the shipped joint model, greedy and sampled, in a few minutes; --full runs all experiments,
+--only NAME ... some. Prompts come from held-out files only. The tables on standard output are Markdown.
 """
 
 import argparse
 import json
+import os
 import platform
 import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from minipass import checkpoint, losses
+from minipass import checkpoint
+from minipass.benchmark.contenders import Bench, Subject
+from minipass.benchmark.experiments import EXPERIMENTS
+from minipass.benchmark.reporting import Report
 from minipass.cli import choose_device, choose_dtype, run_script
-from minipass.data import encode_documents, even_windows, read_documents, split_documents
+from minipass.data import BUILT_IN
 from minipass.errors import InputError
-from minipass.generate import METHODS, Generation, Round, stream
-from minipass.model import GPT
 
-NGRAM = 8
+DEFAULT_LENGTHS = (2, 4)
+LEAST_NEW_TOKENS = 16  # more than any round emits, so that there is a second one to time
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    questions = "\n".join(f"  {name}: {run.__doc__.splitlines()[0]}" for name, run in EXPERIMENTS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__ + "\nexperiments:\n" + questions, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help="run all experiments")
+    which.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME", help="run these (default: headline)")
     add("--checkpoint", default="joint", help="a file, or the name of one in the package (default: %(default)s)")
-    add("--data", default="python", help="corpus whose held-out files give the prompts (default: %(default)s)")
-    add("--methods", nargs="+", default=["pass-two-pass", "pass"], choices=[m for m in METHODS if m != "speculative"],
-        help="measured against autoregressive (default: pass-two-pass pass)")  # fmt: skip
-    add("--lookahead", nargs="+", type=int, default=[1, 2, 3, 4, 8], help="draft lengths L (default: 1 2 3 4 8)")
+    add(
+        "--frozen", metavar="CHECKPOINT", help="the paper's kind: a base with a trained table (default: frozen, if any)"
+    )
+    add("--draft-model", metavar="CHECKPOINT", help="drafts for two-model decoding (default: draft, if any)")
+    add("--compare", nargs="+", type=Path, default=[], metavar="RUN", help="acceptance: more checkpoints, or folders "
+        "of training runs")  # fmt: skip
+    add("--data", default="python", help=f"{', '.join(BUILT_IN)} or a path: the corpus whose held-out files give the "
+        "prompts (default: %(default)s)")  # fmt: skip
+    add("--lookahead", nargs="+", type=int, metavar="L", help="drafts in a round (default: 2 4)")
     add("--prompts", type=int, default=48, help="number of prompts (default: %(default)s)")
     add("--prompt-tokens", type=int, default=100, help="tokens of each prompt (default: %(default)s)")
     add("--new-tokens", type=int, default=120, help="tokens generated for each (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    add("--top-k", type=int, help="draw from the k most likely tokens (default: all)")
+    add("--samples", type=int, default=800, help="quality: functions for each method (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto)")
-    add("--json", type=Path, metavar="PATH", help="also write all figures there")
+    add("--json", type=Path, metavar="PATH", help="also write all figures there, after each experiment; those of other "
+        "experiments that are there stay")  # fmt: skip
+    add("--plots", type=Path, metavar="FOLDER", help="also draw pictures into it")
     args = parser.parse_args()
-    for name in ("prompts", "prompt_tokens", "new_tokens"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    for name, least in {"prompts": 1, "prompt_tokens": 1, "samples": 1, "new_tokens": LEAST_NEW_TOKENS}.items():
+        if getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed must lie in 0..2**63 - 1, not {args.seed}")
     return args
 
 
-def timed_generation(rounds: Iterator[Round], device: torch.device) -> tuple[Generation, float]:
-    """Runs one prompt to its end; returns it and its tokens per second after the first round, which holds prefill."""
-    result, first_tokens, began = Generation(), 0, 0.0
-    for record in rounds:
-        result.add(record)
-        if result.rounds == 1:
-            first_tokens, began = len(result.tokens[0]), _now(device)
-    seconds = _now(device) - began
-    return result, (len(result.tokens[0]) - first_tokens) / seconds
+def prepare(args: argparse.Namespace) -> Bench:
+    """Loads the checkpoints and sees that they fit together, before anything is measured."""
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
 
+    def load(name: str) -> Subject:
+        return Subject(name, checkpoint.load(name, device=device, dtype=dtype))
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    def load_other(given: str | None, shipped: str, same_tokens: bool) -> Subject | None:
+        """The one given, which must fit the subject, or the one in the package if it is there and fits."""
+        if given is None and not (checkpoint.SHIPPED / f"{shipped}.pt").is_file():
+            return None
+        other = load(given or shipped)
+        problem = misfit(other)
+        if same_tokens and other.loaded.encoding.token_byte_values() != subject.loaded.encoding.token_byte_values():
+            problem = f"{other.name} has other tokens than {subject.name}"
+        if problem and given:
+            raise InputError(problem)
+        return None if problem else other
 
-
-def repeated_share(tokens: list[int]) -> float:
-    """Share of the 8-grams of a text that stood in it before: small models loop, and loops flatter acceptance."""
-    grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def measure(
-    model: GPT,
-    prompts: list[list[int]],
-    contenders: list[tuple[str, int]],
-    args: argparse.Namespace,
-    device: torch.device,
-) -> list[dict]:
-    """Figures of each contender (method, L); the first is the baseline of the ratios."""
-    generations: dict = {contender: [] for contender in contenders}
-    rates: dict = {contender: [] for contender in contenders}
-    for index, prompt in enumerate(tqdm([prompts[0], *prompts], desc="prompts", dynamic_ncols=True)):
-        for contender in contenders:
-            rounds = stream(
-                model,
-                prompt,
-                args.new_tokens,
-                method=contender[0],
-                lookahead=contender[1],
-                temperature=args.temperature,
-                top_k=args.top_k,
-                generator=torch.Generator(device).manual_seed(args.seed + index),
-            )
-            result, rate = timed_generation(rounds, device)
-            if index:  # the first time around is the warm-up
-                generations[contender].append(result)
-                rates[contender].append(rate)
-    baseline = contenders[0]
-    figures = []
-    for contender in contenders:
-        results = generations[contender]
-        ratios = np.array(rates[contender]) / np.array(rates[baseline])
-        length = max(len(result.tested) for result in results)
-        tested, accepted = np.zeros(length), np.zeros(length)
-        for result in results:
-            tested[: len(result.tested)] += result.tested
-            accepted[: len(result.accepted)] += result.accepted
-        same = [a.tokens == b.tokens for a, b in zip(results, generations[baseline], strict=True)]
-        figures.append(
-            {
-                "method": contender[0],
-                "lookahead": contender[1] if contender != baseline else 0,
-                "tokens_per_pass": sum(len(r.tokens[0]) for r in results) / sum(r.passes for r in results),
-                "kept_by_position": (accepted / np.maximum(tested, 1)).tolist(),
-                "speedup_quartiles": np.percentile(ratios, [25, 50, 75]).tolist(),
-                "tokens_per_second": float(np.median(rates[contender])),
-                "repeated_8grams": float(np.mean([repeated_share(r.tokens[0]) for r in results])),
-                "same_text_as_plain": sum(same) / len(same),
-            }
+    def misfit(other: Subject) -> str | None:
+        """What keeps a checkpoint from generating as much as asked, if anything does."""
+        if args.prompt_tokens + args.new_tokens <= other.model.config.block_size:
+            return None
+        return (
+            f"{args.prompt_tokens} prompt tokens and {args.new_tokens} new ones do not fit into the context window of "
+            f"{other.name}, {other.model.config.block_size} tokens"
         )
-    return figures
+
+    subject = load(args.checkpoint)
+    if problem := misfit(subject):
+        raise InputError(problem)
+    most = subject.model.config.n_lookahead
+    if most == 0:
+        raise InputError(f"{subject.name} has no look-ahead tokens to draft with")
+    lengths = args.lookahead or [length for length in DEFAULT_LENGTHS if length <= most] or [most]
+    for length in lengths:
+        if not 1 <= length <= most:
+            raise InputError(f"--lookahead must lie in 1..{most}, what {subject.name} has, not {length}")
+    files = [path / "model.pt" if os.path.isdir(path) else path for path in args.compare]
+    return Bench(
+        subject=subject,
+        frozen=load_other(args.frozen, "frozen", same_tokens=False),
+        draft=load_other(args.draft_model, "draft", same_tokens=True),
+        compared=[
+            (Subject(str(path), load(str(file)).loaded), file.parent / "log.jsonl")
+            for path, file in zip(args.compare, files, strict=True)
+        ],
+        device=device,
+        dtype=dtype,
+        data=args.data,
+        lookahead=lengths,
+        n_prompts=args.prompts,
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens,
+        n_samples=args.samples,
+        seed=args.seed,
+    )
 
 
-def machine(device: torch.device) -> str:
-    """Processor (or GPU) and software, in words."""
+def setting(bench: Bench) -> str:
+    """Where and how a run was made, in words."""
     name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    if bench.device.type == "cuda":
+        name = torch.cuda.get_device_name(bench.device)
     elif Path("/proc/cpuinfo").exists():
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         name = models[0].split(":")[1].strip() if models else name
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    return (
+        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{str(bench.dtype).removeprefix('torch.')}, seed {bench.seed}, commit {commit()}"
+    )
 
 
 def commit() -> str:
@@ -147,44 +146,51 @@ def commit() -> str:
         return "unknown"
 
 
+def read_results(path: Path) -> dict:
+    """What an earlier run wrote there, or nothing. Raises InputError for a file of another kind."""
+    try:
+        found = json.loads(path.read_text())
+        if set(found) != {"experiments"} or not isinstance(found["experiments"], dict):
+            raise ValueError
+    except FileNotFoundError:
+        return {"experiments": {}}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is there already and not a file of this script: name another with --json") from error
+    return found
+
+
+def write_results(path: Path, results: dict) -> None:
+    """Atomically, so that an interrupt leaves what was measured before."""
+    content = json.dumps(results, indent=1) + "\n"
+    checkpoint.atomic_write(path, lambda temporary: temporary.write_text(content))
+
+
+def write_pictures(folder: Path, report: Report) -> None:
+    """The report's pictures as PNG."""
+    for name, figure in report.pictures.items():
+        checkpoint.atomic_write(
+            folder / f"{name}.png",
+            lambda path, figure=figure: figure.savefig(path, format="png", dpi=130, metadata={"Software": None}),
+        )
+
+
 def main() -> None:
     args = parse_arguments()
-    device = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device)
-    loaded = checkpoint.load(args.checkpoint, device=device, dtype=dtype)
-    _, heldout = split_documents(read_documents(args.data))
-    tokens = encode_documents(heldout, loaded.encoding)
-    prompts = even_windows(tokens, args.prompts, args.prompt_tokens).tolist()
-    contenders = [("autoregressive", 1), *((method, L) for method in args.methods for L in args.lookahead)]
-    figures = measure(loaded.model, prompts, contenders, args, device)
-    forced = losses.evaluate(loaded.model, even_windows(tokens, 128, loaded.model.config.block_size + 1))
-
-    decoding = "greedy" if args.temperature == 0 else f"temperature {args.temperature}, top-k {args.top_k or 'all'}"
-    setting = (
-        f"{args.checkpoint}, {decoding}, {len(prompts)} held-out prompts of {args.prompt_tokens} tokens ({args.data}), "
-        f"{args.new_tokens} new tokens, {str(dtype).removeprefix('torch.')}, seed {args.seed}, commit {commit()}; "
-        f"{machine(device)}"
-    )
-    print(setting + "\n")
-    heads = ["method", "L", "tokens/pass", "kept by position", "speed-up (quartiles)", "tokens/s"]
-    print("| " + " | ".join([*heads, "repeated 8-grams", "as plain"]) + " |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for row in figures:
-        kept = " ".join(f"{share:.2f}" for share in row["kept_by_position"]) or "-"
-        low, middle, high = row["speedup_quartiles"]
-        print(
-            f"| {row['method']} | {row['lookahead'] or '-'} | {row['tokens_per_pass']:.2f} | {kept} | {middle:.2f} "
-            f"({low:.2f} to {high:.2f}) | {row['tokens_per_second']:.0f} | {row['repeated_8grams']:.0%} | "
-            f"{row['same_text_as_plain']:.0%} |"
-        )
-    by_position = {name: " ".join(f"{share:.2f}" for share in forced[name]) for name in ("acceptance", "match")}
-    print(
-        f"\nTeacher-forced on held-out text: base loss {forced['loss']:.3f} nats/token; expected acceptance by "
-        f"position {by_position['acceptance']}; greedy match {by_position['match']}"
-    )
+    bench = prepare(args)
+    results = read_results(args.json) if args.json else {"experiments": {}}
     if args.json:
-        content = json.dumps({"setting": setting, "figures": figures, "teacher_forced": forced}, indent=1) + "\n"
-        checkpoint.atomic_write(args.json, lambda path: path.write_text(content))
+        write_results(args.json, results)  # now, so that a place that takes no file is known before hours are spent
+    if args.plots:
+        checkpoint.atomic_write(args.plots / "bench.txt", lambda path: path.write_text(setting(bench) + "\n"))
+    for name in EXPERIMENTS if args.full else args.only or ["headline"]:
+        report = EXPERIMENTS[name](bench)
+        where = setting(bench)
+        print(f"**{name}**: {EXPERIMENTS[name].__doc__.splitlines()[0]}\n\n{report.text}\n\n{where}\n", flush=True)
+        if args.json:
+            results["experiments"][name] = {"setting": where, **report.data}
+            write_results(args.json, results)
+        if args.plots:
+            write_pictures(args.plots, report)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,18 @@ import torch
 from minipass import checkpoint, hf
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.errors import InputError
-from minipass.generate import ACCEPTED, BONUS, CORRECTED, DEFAULT_LOOKAHEAD, Generation, Round, stream
+from minipass.generate import (
+    ACCEPTED,
+    BONUS,
+    CORRECTED,
+    DEFAULT_LOOKAHEAD,
+    DEFAULT_TREE,
+    Generation,
+    Round,
+    stream,
+)
+from minipass.layout import DraftTree
+from minipass.shapes import best_tree, fastest_tree, round_seconds
 from minipass.tokenizer import encode_bytes
 from minipass.trace import Trace
 
@@ -34,8 +45,9 @@ DEFAULT_PROMPT = '''class Stack:
         return len(self._items)
 
     def push(self, item):'''  # no line end: the tokens of this text hold it together with the indentation behind it
+MOST_TREE_SIZE = 256  # drafts; a pass has as many times 1 + L rows
 COLOURS = {ACCEPTED: "32", BONUS: "36", CORRECTED: "33"}  # green, cyan, yellow; a free token stays as it is
-METHOD_OF = {None: "autoregressive", "fused": "pass", "two-pass": "pass-two-pass"}
+METHOD_OF = {None: "autoregressive", "fused": "pass", "two-pass": "pass-two-pass", "tree": "pass-tree"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,8 +58,9 @@ def parse_arguments() -> argparse.Namespace:
         dest="variant",
         nargs="?",
         const="fused",
-        choices=("fused", "two-pass"),
-        help="parallel speculative sampling: fused, one pass a round (default), or the paper's two-pass form",
+        choices=("fused", "two-pass", "tree"),
+        help="parallel speculative sampling: fused, one pass a round (default), the paper's two-pass form, or a tree "
+        "of drafts, fused",
     )
     add("--prompt", help="text to continue, or - for standard input (default: the beginning of a Python class)")
     add("--max-new-tokens", type=int, default=128, help="at most so many (default: %(default)s)")
@@ -55,6 +68,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-k", type=int, default=10, help="draw from the k most likely tokens (default: %(default)s)")
     add("--top-p", type=float, help="draw from the fewest tokens with this probability (default: all)")
     add("--lookahead", type=int, help=f"drafts in a round, L (default: {DEFAULT_LOOKAHEAD}, the fastest on a CPU)")
+    add("--tree-size", type=tree_size, default=8, metavar="N", help="drafts in a round of --pass tree, or auto: the "
+        "fastest by a short measurement, on which the text of a seed then depends (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, bfloat16 where "
@@ -73,6 +88,26 @@ def parse_arguments() -> argparse.Namespace:
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2**63 - 1, not {args.seed}")
     return args
+
+
+def tree_size(argument: str) -> int | None:
+    """The number of drafts; None for auto."""
+    if argument == "auto":
+        return None
+    if not argument.isdecimal() or not 1 <= int(argument) <= MOST_TREE_SIZE:
+        raise InputError(f"--tree-size must be auto or lie in 1..{MOST_TREE_SIZE}, not {argument}")
+    return int(argument)
+
+
+def choose_tree(loaded: checkpoint.Checkpoint, args: argparse.Namespace) -> DraftTree:
+    """The tree of --pass tree, from the hits that were measured at the end of the checkpoint's training."""
+    hits = loaded.record.get("hits", [])[: args.lookahead]
+    if not hits:
+        return DEFAULT_TREE
+    if args.tree_size:
+        return best_tree(hits, args.tree_size)
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    return fastest_tree(hits, round_seconds(loaded.model, hits, **sampling))
 
 
 def read_prompt(argument: str | None) -> bytes:
@@ -158,6 +193,8 @@ def main() -> None:
         raise InputError(f"{args.checkpoint} has no look-ahead tokens: name a file of them with --lookahead-table")
     encoding, prompt_ids = loaded.encoding, encode_bytes(loaded.encoding, prompt)
 
+    tree = choose_tree(loaded, args) if args.variant == "tree" else None
+
     def rounds_of(method: str):
         return stream(
             loaded.model,
@@ -168,6 +205,7 @@ def main() -> None:
             top_k=args.top_k,
             top_p=args.top_p,
             lookahead=args.lookahead,
+            tree=tree,
             stop_token=encoding.eot_token,
             generator=torch.Generator(device).manual_seed(args.seed),
         )

@@ -83,7 +83,14 @@ def parse_arguments() -> argparse.Namespace:
         default=0.5,
         help="joint: weight of that loss (default: %(default)s)",
     )
-    add("--groups", type=int, default=8, help="look-ahead groups in each window (default: %(default)s)")
+    add(
+        "--position-decay",
+        type=float,
+        default=0.6,
+        help="weight of a look-ahead position's loss over that of the one before it (default: %(default)s)",
+    )
+    add("--groups", type=int, default=16, help="look-ahead groups in each window; of the shorter ones as many as have "
+        "the same number of rows (default: %(default)s)")  # fmt: skip
     for name, text in {
         "vocab-size": "tokens of a new tokenizer",
         "block-size": "context window",
@@ -101,7 +108,17 @@ def parse_arguments() -> argparse.Namespace:
     add("--save-every", type=int, default=250, help="steps between checkpoints (default: %(default)s)")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
-    for name in ("steps", "minutes", "batch_size", "accumulate", "lr", "eval_every", "save_every", "lookahead_weight"):
+    for name in (
+        "steps",
+        "minutes",
+        "batch_size",
+        "accumulate",
+        "lr",
+        "eval_every",
+        "save_every",
+        "lookahead_weight",
+        "position_decay",
+    ):
         value = getattr(args, name)
         if value is not None and not (0 < value < math.inf):
             raise InputError(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
@@ -200,8 +217,8 @@ class TrainingPass(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, text: torch.Tensor, cuts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        return losses.training_pass(self.model, text, cuts)
+    def forward(self, text: torch.Tensor, cuts: np.ndarray, n_lookahead: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return losses.training_pass(self.model, text, cuts, n_lookahead)
 
 
 def join_processes(device_name: str) -> tuple[torch.device, int, int]:
@@ -337,7 +354,10 @@ def main() -> None:
             break
         rng = np.random.default_rng([args.seed, step])
         batch = sample_windows(train_tokens, args.batch_size, config.block_size + 1, rng)
-        all_cuts = losses.random_cuts(args.batch_size, config.block_size, n_groups, config.n_lookahead, rng)
+        # L, L/2 and L/4 look-ahead tokens by turns: the near positions count most, and so are trained most.
+        n_lookahead = max(1, config.n_lookahead >> step % 3)
+        n_cuts = min(n_groups * config.n_lookahead // n_lookahead, config.block_size - n_lookahead)
+        all_cuts = losses.random_cuts(args.batch_size, config.block_size, n_cuts, n_lookahead, rng)
         kind = args.loss if args.loss != "kl-tv" else ("kl" if progress() < 0.75 else "tv")
         whole_loss = torch.zeros((), device=device)
         for part in range(args.accumulate):
@@ -347,10 +367,12 @@ def main() -> None:
             waits = world > 1 and part < args.accumulate - 1  # gradients are exchanged once, behind the last part
             with network.no_sync() if waits else nullcontext():
                 with autocast:
-                    text_logits, draft_logits = network(text, cuts)
+                    text_logits, draft_logits = network(text, cuts, n_lookahead)
                 loss = losses.next_token_loss(text_logits, targets) if args.stage != "lookahead" else 0.0
                 if n_groups:
-                    drafting = losses.lookahead_loss(kind, draft_logits, text_logits, targets, cuts).mean()
+                    by_position = losses.lookahead_loss(kind, draft_logits, text_logits, targets, cuts)
+                    weights = args.position_decay ** torch.arange(n_lookahead, device=device)
+                    drafting = (by_position * weights).sum() / weights.sum()
                     loss = loss + (args.lookahead_weight if args.stage == "joint" else 1.0) * drafting
                 loss = loss / args.accumulate
                 scaler.scale(loss).backward()
@@ -375,6 +397,7 @@ def main() -> None:
                 "heldout_loss": figures["loss"],
                 "acceptance": figures["acceptance"],
                 "match": figures["match"],
+                "hits": figures["hits"],
             }
             accepted = " ".join(f"{value:.2f}" for value in figures["acceptance"])
             bar.write(f"step {step}: held-out loss {figures['loss']:.3f}, acceptance {accepted}")

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from minipass.checkpoint import atomic_write
 from minipass.cli import run_script
-from minipass.layout import Layout, draft_layout, fused_layout, path_layout, path_with_groups
+from minipass.layout import Layout, chain, draft_layout, fused_layout, path, path_layout, with_groups
 
 REAL, LOOKAHEAD, CACHE = "#0072B2", "#E69F00", "#8C8C8C"  # told apart by colour-blind eyes, and by the dots and hatches
 CPU = torch.device("cpu")
@@ -62,14 +62,14 @@ def fused(n_lookahead: int = 3) -> list[Panel]:
     """A fused round; row (j, i) is LA_i of the group behind "j drafts were kept"."""
     steps = range(1, n_lookahead + 1)
     names = ["root", *(f"d{i}" for i in steps), *(f"({j},{i})" for j in range(n_lookahead + 1) for i in steps)]
-    layout = fused_layout(n_lookahead, n_lookahead, CPU)
+    layout = fused_layout(chain(n_lookahead), n_lookahead, CPU)
     return [Panel("fused pass", layout, names, 1 + n_lookahead, n_lookahead, start=-1)]
 
 
 def training(n_text: int = 9, cuts: tuple[int, ...] = (1, 3, 5), n_lookahead: int = 3) -> list[Panel]:
     """A training sequence: text t0.., and for each cut c the look-ahead rows (c, 1).. behind token tc."""
     names = [f"t{i}" for i in range(n_text)] + [f"({c},{i})" for c in cuts for i in range(1, n_lookahead + 1)]
-    layout = path_with_groups(n_text, np.array(cuts), n_lookahead)
+    layout = with_groups(path(n_text), np.array(cuts), n_lookahead)
     title = f"training sequence, cuts behind {', '.join(f't{c}' for c in cuts)}"
     return [Panel(title, layout, names, n_text, n_lookahead, start=None)]
 
@@ -135,8 +135,8 @@ def write_all(folder: Path) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the pictures go")
-    for path in write_all(parser.parse_args().folder):
-        print(path)
+    for picture in write_all(parser.parse_args().folder):
+        print(picture)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Decoding: plain, PaSS in two passes (Algorithm 1), PaSS fused in one, and with a second model.
+"""Decoding: plain, PaSS in two passes (Algorithm 1), PaSS fused in one (a chain or a tree of drafts), two models.
 
 Each method is a short loop over rounds: draft, verify, accept, keep in the cache, emit. `stream` yields one Round at a
 time; `generate` collects them. The invariant between rounds: the cache holds the keys and values of all emitted tokens
@@ -13,13 +13,33 @@ import numpy as np
 import torch
 
 from minipass.errors import InputError
-from minipass.layout import Layout, draft_layout, fused_layout, lookahead_ids, path_layout, path_with_groups
+from minipass.layout import (
+    DraftTree,
+    Layout,
+    chain,
+    draft_layout,
+    fused_layout,
+    group_rows,
+    lookahead_ids,
+    path,
+    path_layout,
+    with_groups,
+)
 from minipass.model import GPT, KVCache
-from minipass.sampling import check_sampling, draw, probabilities, speculative_accept
+from minipass.sampling import (
+    check_sampling,
+    draw,
+    draw_candidates,
+    probabilities,
+    speculative_accept,
+    tree_accept,
+)
 
 FREE, ACCEPTED, CORRECTED, BONUS = "free", "accepted", "corrected", "bonus"
-METHODS = ("autoregressive", "pass-two-pass", "pass", "fixed-token", "speculative")
+METHODS = ("autoregressive", "pass-two-pass", "pass", "pass-tree", "fixed-token", "speculative")
+RULES = ("matching", "recursive")  # of tree_accept
 DEFAULT_LOOKAHEAD = 2  # the fastest on a CPU for the shipped model (bench.py); where rows are cheap, 4 and more are
+DEFAULT_TREE = DraftTree((0, 0, 0, 1, 1, 2, 4))  # see shapes.py for a better one
 Prompts = Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -29,8 +49,10 @@ class Round:
 
     tokens: the emitted tokens; origins: for each of them FREE (drawn from a target that no draft was tested against),
     ACCEPTED (a kept draft), CORRECTED (from the residual after a rejection) or BONUS (all drafts were kept).
-    drafts (B, k) int64, draft_probs (B, k, V) and target_probs (B, k + 1, V): what was tested; None when nothing was.
-    n_tested, n_accepted: drafts that could have been emitted, and those that were kept (within the text's end).
+    drafts (B, k) int64, draft_probs (B, D, V) and target_probs (B, k + 1, V): what was tested, None when nothing was;
+    a chain of D = k drafts, or a tree of k nodes and depth D.
+    n_tested, n_accepted: drafts in a row that could have been emitted, and those that were (within the text's end).
+    tree: how the drafts hang together; kept: of a tree, which nodes are on the path that was kept, (B, k + 1) bool.
     passes: forward passes of the target model; draft_passes: of the draft model.
     active: whether a prompt was still being continued when the round began.
     """
@@ -45,6 +67,8 @@ class Round:
     drafts: torch.Tensor | None = None
     draft_probs: torch.Tensor | None = None
     target_probs: torch.Tensor | None = None
+    tree: DraftTree | None = None
+    kept: torch.Tensor | None = None
 
 
 @dataclass
@@ -95,12 +119,13 @@ class _Run:
         prompts: list[list[int]],
         max_new_tokens: int,
         *,
-        n_drafts: int,
+        tree: DraftTree,
+        rule: str,
         sampling: dict,
         stop_token: int | None,
         generator: torch.Generator | None,
     ) -> None:
-        self.model, self.prompts, self.n_drafts = model, prompts, n_drafts
+        self.model, self.prompts, self.tree, self.rule = model, prompts, tree, rule
         self.sampling, self.stop_token, self.generator = sampling, stop_token, generator
         self.remaining = [min(max_new_tokens, model.config.block_size - len(prompt)) for prompt in prompts]
         self.cache = self.new_cache(model)
@@ -109,8 +134,9 @@ class _Run:
     def new_cache(self, model: GPT) -> KVCache:
         """Room for the longest text, for a round that overshoots its end, and for the largest pass."""
         longest = max(map(len, self.prompts))
-        most_rows = (1 + self.n_drafts) ** 2  # of a fused pass; prefill's longest + L are fewer than the sum
-        max_len = longest + max(self.remaining) + self.n_drafts + most_rows
+        depth = self.tree.depth[-1]
+        most_rows = len(self.tree.depth) * (1 + depth)  # of a fused pass; prefill's longest + L are fewer than the sum
+        max_len = longest + max(self.remaining) + depth + most_rows
         return KVCache(model.config, len(self.prompts), max_len, device=model.device, dtype=model.dtype)
 
     @property
@@ -118,8 +144,8 @@ class _Run:
         return max(self.remaining) == 0
 
     def room_for_drafts(self, already: int = 0) -> int:
-        """How many drafts this round can use, behind `already` tokens of it: its last token is never a draft."""
-        return max(0, min(self.n_drafts, max(self.remaining) - already - 1))
+        """How many drafts in a row this round can use behind `already` of its tokens: the last is never a draft."""
+        return max(0, min(self.tree.depth[-1], max(self.remaining) - already - 1))
 
     def probs(self, logits: torch.Tensor) -> torch.Tensor:
         return probabilities(logits, **self.sampling)
@@ -127,9 +153,34 @@ class _Run:
     def draw(self, probs: torch.Tensor) -> torch.Tensor:
         return draw(probs, self.generator)
 
-    def accept(self, drafts: torch.Tensor, draft_probs: torch.Tensor, target_probs: torch.Tensor) -> "Verified":
-        accepted = speculative_accept(drafts, draft_probs, target_probs, self.generator)
-        return Verified(drafts, draft_probs, target_probs, *accepted)
+    def draft(self, tree: DraftTree, draft_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drafts for the N nodes of a tree of depth D from the logits of D look-ahead rows: (B, N), probs (B, D, V)."""
+        draft_probs = self.probs(draft_logits)
+        if self.rule == "matching":
+            ranked = draft_logits.topk(min(tree.width, draft_logits.shape[2])).indices  # (B, D, width)
+        else:
+            ranked = draw_candidates(draft_probs, tree.width, self.generator)
+        place = [depth - 1 for depth in tree.depth[1:]]
+        return ranked[:, place, tree.rank], draft_probs
+
+    def accept(
+        self, drafts: torch.Tensor, draft_probs: torch.Tensor, target_probs: torch.Tensor, tree: DraftTree | None = None
+    ) -> "Verified":
+        """Tests a chain of drafts (B, k), or a tree of them."""
+        if tree is None or (tree.width == 1 and self.rule == "recursive"):
+            accepted = speculative_accept(drafts, draft_probs, target_probs, self.generator)
+            return Verified(drafts, draft_probs, target_probs, *accepted)
+        p = None if self.rule == "matching" else draft_probs
+        kept, next_token = tree_accept(tree, drafts, p, target_probs, self.generator)
+        return Verified(drafts, draft_probs, target_probs, kept.sum(1) - 1, next_token, tree, kept)
+
+    def keep_path(self, verified: "Verified") -> torch.Tensor:
+        """Keeps the root and the accepted drafts of a tree in the cache; returns the row of the last, (B,)."""
+        if verified.kept is not None:  # of a chain the rows are where they belong
+            rows = (~verified.kept).long().argsort(dim=1, stable=True)  # (B, N + 1), the kept ones first, by depth
+            self.cache.gather(rows[:, : 1 + verified.tree.depth[-1]])
+        self.keep(1 + verified.n_accepted)
+        return verified.last()
 
     def prefill(self, extra_ids: torch.Tensor) -> torch.Tensor:
         """The first pass: the prompts, and behind each prompt's last token the rows extra_ids (L,).
@@ -160,19 +211,21 @@ class _Run:
         """Ends a round: what it made, cut at the stop token and at each prompt's limit. free: (B,) tokens."""
         record = Round([], [], [], [], [left > 0 for left in self.remaining], self.unreported_passes, draft_passes)
         self.unreported_passes = 0
-        n_drafts = verified.drafts.shape[1] if verified else 0
+        n_drafts = verified.draft_probs.shape[1] if verified else 0
         if n_drafts:
-            fields = ("drafts", "draft_probs", "target_probs")
+            fields = ("drafts", "draft_probs", "target_probs", "tree", "kept")
             record = replace(record, **{name: getattr(verified, name) for name in fields})
         free_tokens = free.tolist() if free is not None else None
-        columns = [column.tolist() for column in verified[-2:]] if verified else None
-        draft_tokens = verified.drafts.tolist() if verified else None
+        if verified:
+            columns = [column.tolist() for column in (verified.n_accepted, verified.next_token)]
+            draft_tokens, last_rows = verified.path().tolist(), verified.last().tolist()
         for b, remaining in enumerate(self.remaining):
             tokens, origins = ([free_tokens[b]], [FREE]) if free is not None else ([], [])
             if verified:
                 n_accepted, next_token = columns[0][b], columns[1][b]
                 tokens += draft_tokens[b][:n_accepted] + [next_token]
-                last = FREE if n_drafts == 0 else BONUS if n_accepted == n_drafts else CORRECTED
+                none_left = n_accepted == n_drafts or (verified.tree and last_rows[b] not in verified.tree.parents)
+                last = FREE if n_drafts == 0 else BONUS if none_left else CORRECTED
                 origins += [ACCEPTED] * n_accepted + [last]
             end = min(len(tokens), remaining)
             if self.stop_token in tokens[:end]:
@@ -189,13 +242,25 @@ class _Run:
 
 
 class Verified(NamedTuple):
-    """Drafts with both their distributions (shapes as in speculative_accept), and what acceptance made of them."""
+    """Drafts with both their distributions, and what acceptance made of them; names and shapes as in Round."""
 
     drafts: torch.Tensor
     draft_probs: torch.Tensor
     target_probs: torch.Tensor
     n_accepted: torch.Tensor
     next_token: torch.Tensor
+    tree: DraftTree | None = None
+    kept: torch.Tensor | None = None
+
+    def path(self) -> torch.Tensor:
+        """The drafts (B, k) with those that were kept, n_accepted of each row, in front."""
+        if self.kept is None:
+            return self.drafts
+        return self.drafts.gather(1, (~self.kept[:, 1:]).long().argsort(dim=1, stable=True))
+
+    def last(self) -> torch.Tensor:
+        """The row of the last token that was kept, (B,): 0 is the root."""
+        return self.n_accepted if self.kept is None else self.kept.long().cumsum(1).argmax(1)
 
 
 def _prefill(model: GPT, cache: KVCache, prompts: list[list[int]], extra_ids: torch.Tensor) -> torch.Tensor:
@@ -206,7 +271,7 @@ def _prefill(model: GPT, cache: KVCache, prompts: list[list[int]], extra_ids: to
     for b, prompt in enumerate(prompts):
         padded[b, : len(prompt)] = torch.tensor(prompt)  # what is behind a short prompt is dropped below
     ids = torch.cat([padded.to(model.device), extra_ids.expand(len(prompts), -1)], dim=1)
-    layout = path_with_groups(longest, lengths[:, None] - 1, n_extra).to(model.device)
+    layout = with_groups(path(longest), lengths[:, None] - 1, n_extra).to(model.device)
     last = torch.from_numpy(lengths)[:, None] - 1
     extra = (longest + torch.arange(n_extra)).expand(len(prompts), -1)
     logits = model(ids, layout, cache, rows=torch.cat([last, extra], dim=1).to(model.device))
@@ -259,32 +324,33 @@ def _two_pass(run: _Run, stand_ins: torch.Tensor) -> Iterator[Round]:
 
 
 def _fused(run: _Run) -> Iterator[Round]:
-    """One pass a round: verifies this round's drafts and drafts the next round's behind each number that may be kept.
+    """One pass a round: verifies this round's drafts and drafts the next round's behind each node that may be the last.
 
-    Rows: [root, d_1..d_k], then group j = 0..k of look-ahead tokens behind "j drafts were kept".
+    Rows: the root, the drafts (a chain d_1..d_k, or a tree), then behind each of these a group of look-ahead tokens for
+    the case that it is the last one kept.
     """
     vocab_size, device = run.model.config.vocab_size, run.model.device
-    batch = torch.arange(len(run.prompts), device=device)
+    batch = torch.arange(len(run.prompts), device=device)[:, None]
     logits = run.prefill(lookahead_ids(vocab_size, run.room_for_drafts(already=1)).to(device))
     root = run.draw(run.probs(logits[:, 0]))
-    draft_probs = run.probs(logits[:, 1:])  # (B, L, V)
+    draft_logits = logits[:, 1:]  # (B, L, V)
     yield run.emit(free=root)
     while not run.finished:
-        n_drafts = min(draft_probs.shape[1], run.room_for_drafts())
+        tree = run.tree.cut(min(draft_logits.shape[1], run.room_for_drafts()))
+        n_rows = len(tree.depth)  # root and drafts
         n_lookahead = run.room_for_drafts(already=1)  # what the next round can use at most
-        draft_probs = draft_probs[:, :n_drafts]
-        drafts = run.draw(draft_probs)  # (B, k)
+        drafts, draft_probs = run.draft(tree, draft_logits[:, : tree.depth[-1]])  # (B, N), (B, D, V)
 
-        groups = lookahead_ids(vocab_size, n_lookahead, n_groups=1 + n_drafts).to(device)
+        groups = lookahead_ids(vocab_size, *tree.lengths(n_lookahead)).to(device)
         rows = torch.cat([root[:, None], drafts, _repeat(groups, run)], dim=1)
-        logits = run.forward(rows, fused_layout(n_drafts, n_lookahead, device))
-        target_probs = run.probs(logits[:, : 1 + n_drafts])  # (B, k + 1, V)
-        verified = run.accept(drafts, draft_probs, target_probs)
-        run.keep(1 + verified.n_accepted)
+        logits = run.forward(rows, fused_layout(tree, n_lookahead, device))
+        target_probs = run.probs(logits[:, :n_rows])  # (B, N + 1, V)
+        verified = run.accept(drafts, draft_probs, target_probs, tree)
+        last = run.keep_path(verified)
 
-        # Group j = n_accepted stood behind what was kept: its outputs are the next draft distributions.
-        group_logits = logits[:, 1 + n_drafts :].unflatten(1, (1 + n_drafts, n_lookahead))
-        draft_probs = run.probs(group_logits[batch, verified.n_accepted])
+        # The group behind the last row that was kept: its outputs are the next draft distributions.
+        next_rows = group_rows(tree, n_lookahead, device)[last]  # (B, n_lookahead)
+        draft_logits = logits[batch, next_rows]
         root = verified.next_token
         yield run.emit(verified=verified)
 
@@ -364,6 +430,8 @@ def stream(
     generator: torch.Generator | None = None,
     draft_model: GPT | None = None,
     fixed_token: int | None = None,
+    tree: DraftTree | None = None,
+    rule: str | None = None,
 ) -> Iterator[Round]:
     """Continues one or several prompts, yielding a Round at a time. What comes out has the target's distribution.
 
@@ -374,6 +442,8 @@ def stream(
     lookahead: drafts in a round, L (None: DEFAULT_LOOKAHEAD, or what the model's table has if that is less).
     draft_model: the drafter of `speculative`, same vocabulary. fixed_token: what stands in for look-ahead tokens in
     `fixed-token` (None: the last token of the vocabulary, end of text).
+    tree: the drafts of a round of `pass-tree` (None: DEFAULT_TREE, cut at `lookahead`). rule: how they are tested, one
+    of RULES, see sampling.tree_accept (None: matching).
     Raises InputError for anything out of bounds, before the first pass.
     """
     if method not in METHODS:
@@ -382,17 +452,29 @@ def stream(
     prompts = _check_prompts(model, prompt_ids)
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    config, uses_table = model.config, method in ("pass", "pass-two-pass")
+    config, uses_table = model.config, method in ("pass", "pass-two-pass", "pass-tree")
     if lookahead is None:
-        lookahead = min(DEFAULT_LOOKAHEAD, config.n_lookahead) if uses_table else DEFAULT_LOOKAHEAD
+        lookahead = (tree or DEFAULT_TREE).depth[-1] if method == "pass-tree" else DEFAULT_LOOKAHEAD
+        lookahead = min(lookahead, config.n_lookahead) if uses_table else lookahead
     if lookahead < 1 or (uses_table and lookahead > config.n_lookahead):
         most = f"..{config.n_lookahead}" if uses_table else " or more"
         raise InputError(f"lookahead must lie in 1{most} for this model and method, not {lookahead}")
+    if method == "pass-tree":
+        tree, rule = (tree or DEFAULT_TREE).cut(lookahead), rule or "matching"
+        if rule not in RULES:
+            raise InputError(f"unknown rule {rule!r}; there are {', '.join(RULES)}")
+        if tree.width > config.vocab_size:
+            raise InputError(
+                f"the tree has {tree.width} drafts for one place, the vocabulary {config.vocab_size} tokens"
+            )
+    else:
+        tree, rule = chain(0 if method == "autoregressive" else lookahead), "recursive"
     run = _Run(
         model,
         prompts,
         max_new_tokens,
-        n_drafts=0 if method == "autoregressive" else lookahead,
+        tree=tree,
+        rule=rule,
         sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
         stop_token=stop_token,
         generator=generator,
@@ -406,7 +488,7 @@ def stream(
         if not 0 <= token < config.vocab_size:
             raise InputError(f"fixed_token must lie in 0..{config.vocab_size - 1}, not {token}")
         yield from _two_pass(run, torch.full((lookahead,), token, device=model.device))
-    elif method == "pass":
+    elif method in ("pass", "pass-tree"):
         yield from _fused(run)
     else:
         if draft_model is None or draft_model.config.vocab_size != config.vocab_size:

@@ -3,12 +3,13 @@
 A pass is a tree. Each row has a parent: another row of the same pass, or the end of the cache. A row sees the whole
 cache, its ancestors and itself; its position is its parent's plus one. Nothing else is needed: plain causal text is a
 path, a draft pass is a path with look-ahead rows hanging from its end, a fused pass has look-ahead rows hanging from
-every row of the path, and a training sequence is the text with look-ahead rows hanging from random cuts (PaSS,
-section 3; arXiv 2311.13581).
+every row of a path (or tree) of drafts, and a training sequence is the text with look-ahead rows hanging from random
+cuts (PaSS, section 3; arXiv 2311.13581).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -52,45 +53,125 @@ def tree(parents: np.ndarray) -> Layout:
     return Layout(torch.from_numpy(visible.copy()), torch.from_numpy(depth))
 
 
-def path_with_groups(n_path: int, anchors: np.ndarray, n_lookahead: int) -> Layout:
-    """A path of n_path real rows, then for each anchor a path of n_lookahead look-ahead rows hanging from it.
+def path(n_rows: int) -> np.ndarray:
+    """Parents of a path: each row hangs from the one before it, the first from the end of the cache. (n_rows,) int64"""
+    return np.arange(n_rows) + CACHE_END
 
-    anchors: (G,) or (B, G) rows of the path. The rows stand in this order: path, group 0, group 1, ...
-    Returns a Layout of R = n_path + G * n_lookahead rows. One layout for all: training hangs the
-    groups from random cuts, fused decoding from every row, a draft pass from the last row, a verify pass has none.
+
+def with_groups(parents: np.ndarray, anchors: np.ndarray, n_lookahead: int | Sequence[int]) -> Layout:
+    """Real rows, then for each anchor a path of look-ahead rows that hangs from it.
+
+    parents: (P,) of the real rows; anchors: (G,) or (B, G), real rows; n_lookahead: rows of each group, or (G,) of each
+    its own. The rows stand in this order: real, group 0, group 1, ... One layout for all: training hangs the groups
+    from random cuts of a text, fused decoding from every row, a draft pass from the last row, a verify pass has none.
     """
     anchors = np.atleast_2d(np.asarray(anchors, dtype=np.int64))  # (B, G)
-    n_batch, n_groups = anchors.shape
-    path = np.arange(n_path) - 1
-    first_row = n_path + n_lookahead * np.arange(n_groups)  # of each group
-    groups = first_row[:, None] + np.arange(n_lookahead) - 1  # (G, L): each row hangs from the one before it ...
-    groups = np.broadcast_to(groups, (n_batch, n_groups, n_lookahead)).copy()
-    groups[:, :, :1] = anchors[:, :, None]  # ... but the first from its anchor
-    path = np.broadcast_to(path, (n_batch, n_path))
-    return tree(np.concatenate([path, groups.reshape(n_batch, -1)], axis=1))
+    lengths = np.broadcast_to(n_lookahead, anchors.shape[1])
+    first_row = len(parents) + lengths.cumsum() - lengths  # of each group
+    hanging = np.arange(len(parents), len(parents) + lengths.sum()) - 1  # each row from the one before it ...
+    rows = np.broadcast_to(np.concatenate([parents, hanging]), (len(anchors), len(parents) + len(hanging))).copy()
+    rows[:, first_row[lengths > 0]] = anchors[:, lengths > 0]  # ... but the first of a group from its anchor
+    return tree(rows)
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """The drafts that a round tests, as nodes of a tree. Node 0 is the root, nodes 1..N are drafts; a path is a chain.
+
+    parents: (N,) the parent of node i is parents[i - 1]. Nodes stand by depth, so that every beginning is a tree, and
+    the row of a node in a pass is its number. Siblings are rivals for one place: the first has rank 0.
+    groups: (1 + N,) how many look-ahead tokens a fused pass has behind each node, for the case that it is the last one
+    kept; None: as many as the tree is deep. Where the next round misses some, it tests drafts that are worth nothing.
+    Raises ValueError when the nodes stand in another order, or when there is no look-ahead token behind the root.
+    """
+
+    parents: tuple[int, ...]
+    groups: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.groups is not None and (len(self.groups) != 1 + len(self.parents) or self.groups[0] < 1):
+            raise ValueError("groups must give each node's look-ahead tokens, the root's at least 1")
+        if any(not 0 <= parent <= i for i, parent in enumerate(self.parents)):
+            raise ValueError("each node's parent must be a node before it")
+        if list(self.depth) != sorted(self.depth):
+            raise ValueError("the nodes of a draft tree must stand by depth")
+
+    @cached_property
+    def depth(self) -> tuple[int, ...]:
+        """Of the nodes 0..N: how many drafts lie on the way to each, itself included."""
+        depth = [0]
+        for parent in self.parents:
+            depth.append(depth[parent] + 1)
+        return tuple(depth)
+
+    @cached_property
+    def rank(self) -> tuple[int, ...]:
+        """Of the nodes 1..N: how many siblings stand before each."""
+        return tuple(self.parents[:i].count(parent) for i, parent in enumerate(self.parents))
+
+    @property
+    def width(self) -> int:
+        """The most children of a node; 1 for a chain."""
+        return 1 + max(self.rank, default=0)
+
+    @lru_cache(maxsize=256)  # noqa: B019 - trees are few and small
+    def cut(self, depth: int) -> "DraftTree":
+        """The tree without the nodes deeper than `depth`."""
+        n_nodes = sum(d <= depth for d in self.depth)
+        return DraftTree(self.parents[: n_nodes - 1], self.groups and self.groups[:n_nodes])
+
+    def lengths(self, n_lookahead: int) -> list[int]:
+        """Look-ahead tokens behind each of the nodes 0..N when at most n_lookahead are of use."""
+        return [min(n, n_lookahead) for n in self.groups or [n_lookahead] * len(self.depth)]
+
+
+def chain(n_drafts: int) -> DraftTree:
+    """The tree without a fork: d_1..d_L."""
+    return DraftTree(tuple(range(n_drafts)))
 
 
 @lru_cache(maxsize=256)
 def path_layout(n_path: int, device: torch.device) -> Layout:
     """A path of real rows: plain decoding (1 row) and the verify pass (root or free token, then the drafts)."""
-    return path_with_groups(n_path, np.zeros(0), 0).to(device)
+    return tree(path(n_path)).to(device)
 
 
 @lru_cache(maxsize=256)
 def draft_layout(n_lookahead: int, device: torch.device) -> Layout:
     """Rows [root, LA_1..LA_L] of a draft pass (Algorithm 1)."""
-    return path_with_groups(1, np.zeros(1), n_lookahead).to(device)
+    return with_groups(path(1), np.zeros(1), n_lookahead).to(device)
 
 
 @lru_cache(maxsize=256)
-def fused_layout(n_drafts: int, n_lookahead: int, device: torch.device) -> Layout:
-    """Rows of a fused pass: [root, d_1..d_k], then k + 1 groups of look-ahead rows; group j hangs from row j."""
-    return path_with_groups(1 + n_drafts, np.arange(1 + n_drafts), n_lookahead).to(device)
+def fused_layout(drafts: DraftTree, n_lookahead: int, device: torch.device) -> Layout:
+    """Rows of a fused pass: the root and N drafts, then 1 + N groups of look-ahead rows; group j hangs from row j."""
+    parents = np.array([CACHE_END, *drafts.parents])
+    return with_groups(parents, np.arange(len(parents)), drafts.lengths(n_lookahead)).to(device)
 
 
-def lookahead_ids(vocab_size: int, n_lookahead: int, n_groups: int = 1) -> torch.Tensor:
-    """Input ids of n_groups groups of look-ahead tokens, (n_groups * n_lookahead,) int64.
+@lru_cache(maxsize=256)
+def group_rows(drafts: DraftTree, n_lookahead: int, device: torch.device) -> torch.Tensor:
+    """Where in a fused pass the next round's drafts come from when node j is the last one kept: (1 + N, n_lookahead).
+
+    For look-ahead tokens that are not there, another row stands in, the last of the group or of the root's group: any
+    distribution may be drafted from.
+    """
+    lengths = np.array(drafts.lengths(n_lookahead))
+    first_row = len(lengths) + lengths.cumsum() - lengths
+    first_row, lengths = np.where(lengths > 0, (first_row, lengths), ([first_row[0]], [lengths[0]]))
+    rows = first_row[:, None] + np.minimum(np.arange(n_lookahead), lengths[:, None] - 1)
+    return torch.from_numpy(rows).to(device)
+
+
+@lru_cache(maxsize=256)
+def ancestors(drafts: DraftTree, device: torch.device) -> torch.Tensor:
+    """(1 + N, 1 + N) bool: [i, j] is True where node j lies on the way to node i, or is it."""
+    return tree([CACHE_END, *drafts.parents]).visible[0].to(device)
+
+
+def lookahead_ids(vocab_size: int, *lengths: int) -> torch.Tensor:
+    """Input ids of groups with so many look-ahead tokens each, one behind the other: (sum of lengths,) int64.
 
     Look-ahead token [LA]_i has the input id vocab_size + i - 1, behind all ordinary tokens; it is never an output.
     """
-    return (vocab_size + torch.arange(n_lookahead)).repeat(n_groups)
+    return torch.cat([vocab_size + torch.arange(length) for length in lengths])

@@ -1,6 +1,6 @@
 """What training minimises: the next-token loss, and the look-ahead losses that teach the table to draft.
 
-One layout serves training and fused decoding (layout.path_with_groups): the text's rows, then G groups of L look-ahead
+One layout serves training and fused decoding (layout.with_groups): the text's rows, then G groups of L look-ahead
 rows, each group hanging from a random cut of the same text. One forward trains G x L drafts (PaSS, section 3.2; the
 distillation and the acceptance loss are ours).
 """
@@ -9,10 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minipass.layout import lookahead_ids, path_with_groups
+from minipass.layout import lookahead_ids, path, with_groups
 from minipass.model import GPT
 
 LOOKAHEAD_LOSSES = ("ce", "kl", "tv")
+N_RANKS = 10  # drafts of one position whose hits are counted
 TV_SCALE = 4.0  # a total variation counts for so many nats of KL, so that one weight suits all three losses
 
 
@@ -25,17 +26,19 @@ def random_cuts(batch_size: int, n_text: int, n_groups: int, n_lookahead: int, r
     return np.stack([rng.choice(choices, n_groups, replace=False) for _ in range(batch_size)])
 
 
-def training_pass(model: GPT, text: torch.Tensor, cuts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """One forward over text (B, T) with look-ahead groups hanging from cuts (B, G).
+def training_pass(
+    model: GPT, text: torch.Tensor, cuts: np.ndarray, n_lookahead: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward over text (B, T) with groups of L = n_lookahead (None: all) tokens hanging from cuts (B, G).
 
     Returns the text's logits (B, T, V) and the look-ahead logits (B, G, L, V).
     """
-    n_lookahead, n_text = model.config.n_lookahead, text.shape[1]
+    n_text, n_lookahead = text.shape[1], model.config.n_lookahead if n_lookahead is None else n_lookahead
     if n_lookahead == 0 or cuts.shape[1] == 0:
         return model(text), text.new_zeros(len(text), 0, 0, model.config.vocab_size, dtype=torch.float32)
-    ids = lookahead_ids(model.config.vocab_size, n_lookahead, n_groups=cuts.shape[1]).to(text.device)
+    ids = lookahead_ids(model.config.vocab_size, *[n_lookahead] * cuts.shape[1]).to(text.device)
     ids = torch.cat([text, ids.expand(len(text), -1)], dim=1)
-    layout = path_with_groups(n_text, cuts, n_lookahead).to(text.device)
+    layout = with_groups(path(n_text), cuts, n_lookahead).to(text.device)
     logits = model(ids, layout)
     return logits[:, :n_text], logits[:, n_text:].unflatten(1, (-1, n_lookahead))
 
@@ -82,11 +85,12 @@ def evaluate(model: GPT, windows: torch.Tensor, *, n_groups: int = 8, batch_size
     """Teacher-forced figures on windows (N, T + 1) of held-out text, always from the same cuts.
 
     Returns `loss`, nats per token of plain next-token prediction, and by look-ahead position (lists of L)
-    `acceptance`, the expected acceptance sum(min(p, q)) = 1 - TV(p, q) at temperature 1, and `match`, how often the
-    most likely draft is the model's most likely token.
+    `acceptance`, the expected acceptance sum(min(p, q)) = 1 - TV(p, q) at temperature 1; `match`, how often the
+    most likely draft is the model's most likely token; and `hits`, (L, N_RANKS), how often that token is the draft of
+    each rank, counted where all positions before had such a hit, as on a path of a tree.
     """
     n_lookahead, rng = model.config.n_lookahead, np.random.default_rng(0)
-    losses, acceptance, match = [], [], []
+    losses, acceptance, right = [], [], []
     for batch in windows.split(batch_size):
         text, targets = batch[:, :-1].to(model.device), batch[:, 1:].to(model.device)
         cuts = random_cuts(len(text), text.shape[1], n_groups, n_lookahead, rng)
@@ -96,6 +100,13 @@ def evaluate(model: GPT, windows: torch.Tensor, *, n_groups: int = 8, batch_size
             q_logits = rows_after_cuts(text_logits, cuts, n_lookahead)
             p, q = draft_logits.float().softmax(-1), q_logits.float().softmax(-1)
             acceptance.append(torch.minimum(p, q).sum(-1).flatten(0, 1))
-            match.append((draft_logits.argmax(-1) == q_logits.argmax(-1)).float().flatten(0, 1))
-    mean = lambda parts: torch.cat(parts).mean(0).tolist() if parts else []  # noqa: E731
-    return {"loss": torch.stack(losses).mean().item(), "acceptance": mean(acceptance), "match": mean(match)}
+            ranked = draft_logits.topk(min(N_RANKS, p.shape[-1])).indices  # (B, G, L, N_RANKS)
+            right.append((ranked == q_logits.argmax(-1, keepdim=True)).flatten(0, 1))  # (B * G, L, N_RANKS)
+    figures = {"loss": torch.stack(losses).mean().item(), "acceptance": [], "match": [], "hits": []}
+    if right:
+        right = torch.cat(right).double()  # (N, L, N_RANKS)
+        reached = F.pad(right.sum(-1).cumprod(1), (1, -1), value=1.0)[..., None]  # (N, L, 1): all before were hits
+        figures["acceptance"] = torch.cat(acceptance).mean(0).tolist()
+        figures["match"] = right[..., 0].mean(0).tolist()
+        figures["hits"] = ((right * reached).sum(0) / reached.sum(0).clamp(min=1)).tolist()
+    return figures

@@ -93,6 +93,15 @@ class KVCache:
         values[self.batch, :, slots] = v.transpose(1, 2)
         return keys, values
 
+    def gather(self, rows: torch.Tensor) -> None:
+        """Moves rows of the last pass to its front: rows (B, K) int64, numbers within the pass, any order.
+
+        What lay there is overwritten. This is how a kept path of a tree of drafts becomes contiguous.
+        """
+        source, target = self.length[:, None] + rows, self.slots(rows.shape[1])
+        self.keys[:, self.batch, :, target] = self.keys[:, self.batch, :, source]
+        self.values[:, self.batch, :, target] = self.values[:, self.batch, :, source]
+
 
 class Attention(nn.Module):
     """Multi-head attention over the rows of a pass and the cache."""

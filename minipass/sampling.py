@@ -1,7 +1,8 @@
-"""Logits to probabilities, drawing tokens, and speculative acceptance: the one rule behind every method's exactness.
+"""Logits to probabilities, drawing tokens, and speculative acceptance: the rules behind every method's exactness.
 
 The acceptance rule is from Chen et al., arXiv 2302.01318, and Leviathan et al., arXiv 2211.17192: whatever the draft
 distribution p is, what comes out has the target's distribution q, since min(p, q) is kept and the residual is the rest.
+`tree_accept` is the same for several drafts at each place.
 """
 
 import math
@@ -9,6 +10,7 @@ import math
 import torch
 
 from minipass.errors import InputError
+from minipass.layout import DraftTree, ancestors
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -90,3 +92,81 @@ def speculative_accept(
     residual = (q - p).clamp(min=0)
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, q)  # p == q but for rounding
     return n_accepted, draw(residual, generator)
+
+
+def draw_candidates(probs: torch.Tensor, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """n different tokens for each distribution, drawn one after the other without replacement.
+
+    probs: (..., V); returns (..., n) int64. Where fewer than n tokens have a probability, some token fills up; one that
+    was not drawn is never kept by `tree_accept`. With n = 1 this is `draw`.
+    """
+    candidates = []
+    for _ in range(n):
+        candidates.append(draw(probs, generator).clamp(max=probs.shape[-1] - 1))  # none left: draw gives V
+        probs = probs.scatter(-1, candidates[-1][..., None], 0.0)
+    return torch.stack(candidates, dim=-1)
+
+
+def tree_accept(
+    drafts: DraftTree,
+    draft_tokens: torch.Tensor,
+    draft_probs: torch.Tensor | None,
+    target_probs: torch.Tensor,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keeps a path of a tree of drafts from the root on and draws one more token, exactly as the target would.
+
+    drafts: a tree of N nodes and depth D. draft_tokens: (B, N) int64, siblings differ. target_probs: (B, N + 1, V), the
+    target's distribution behind the root and behind each node. Two rules, both exact at any temperature:
+
+    - *matching*, when draft_probs is None: at each node x is drawn from the target, as plain decoding does, and the
+      path goes on if x is one of the drafts there. How these were chosen does not matter.
+    - *recursive rejection*, for siblings that `draw_candidates` drew from draft_probs (B, D, V), the p of each depth:
+      they are tested one after the other with min(1, q / p); after a rejection q becomes normalize(max(0, q - p)) and
+      p loses the rejected token. For a chain this is `speculative_accept`, bit for bit.
+
+    Returns kept (B, N + 1) bool, the nodes of the path (the root always is), and next_token (B,), drawn behind its end.
+    """
+    device, n_nodes = draft_tokens.device, 1 + len(drafts.parents)
+    parents = torch.tensor(drafts.parents, device=device, dtype=torch.int64)  # (N,)
+    fits = torch.ones(len(draft_tokens), n_nodes, dtype=torch.bool, device=device)  # a node, if its parent is kept
+    if draft_probs is None:
+        drawn = draw(target_probs, generator)  # (B, N + 1)
+        fits[:, 1:] = draft_tokens == drawn[:, parents]
+    else:
+        fits[:, 1:], residual = _recursive_rejection(drafts, draft_tokens, draft_probs, target_probs, generator)
+
+    kept = (fits[:, None] | ~ancestors(drafts, device)).all(-1)  # (B, N + 1), those with all that lies before them
+    last = kept.long().cumsum(1).argmax(1)  # nodes stand by depth: the last kept one is the path's end
+    batch = torch.arange(len(kept), device=device)
+    return kept, drawn[batch, last] if draft_probs is None else draw(residual[batch, last], generator)
+
+
+def _recursive_rejection(drafts, draft_tokens, draft_probs, target_probs, generator):
+    """Tests the children of all nodes side by side, rank by rank: which node stands the test at its parent, (B, N), and
+    behind each node the distribution (B, N + 1, V), not normalised, of a token when none of its children does."""
+    device = draft_tokens.device
+    parents = torch.tensor(drafts.parents, device=device, dtype=torch.int64)
+    fits = torch.zeros_like(draft_tokens, dtype=torch.bool)
+    taken = torch.zeros(target_probs.shape[:2], dtype=torch.bool, device=device)  # nodes that have a fitting child
+    q = target_probs.clone()  # (B, N + 1, V), becomes the residual as the children of a node are rejected
+    p = torch.nn.functional.pad(draft_probs, (0, 0, 0, 1))[:, drafts.depth]  # of each node's children, the deepest none
+    q_sum, p_sum = torch.ones_like(q[..., :1]), torch.ones_like(q[..., :1])
+    for rank in range(drafts.width):
+        nodes = [i for i, other in enumerate(drafts.rank) if other == rank]  # counted without the root
+        behind, tokens = parents[nodes], draft_tokens[:, nodes]  # (n,), (B, n): no two with the same parent
+        q_here, p_here = q[:, behind] / q_sum[:, behind], p[:, behind] / p_sum[:, behind]
+        p_of_draft = p_here.gather(2, tokens[..., None]).squeeze(2)
+        q_of_draft = q_here.gather(2, tokens[..., None]).squeeze(2)
+        u = torch.rand(p_of_draft.shape, dtype=p_of_draft.dtype, device=device, generator=generator)
+        was_drawn = p_of_draft > 0  # not so where p had fewer tokens than the tree has ranks
+        fits[:, nodes] = (u * p_of_draft < q_of_draft) & was_drawn & ~taken[:, behind]
+        taken[:, behind] |= fits[:, nodes]
+
+        residual = (q_here - p_here).clamp(min=0)
+        total = residual.sum(-1, keepdim=True)
+        rejected = was_drawn[..., None] & (total > 0)  # total 0: p == q but for rounding
+        q[:, behind], q_sum[:, behind] = torch.where(rejected, residual, q_here), torch.where(rejected, total, 1.0)
+        p_left = p[:, behind].scatter(2, tokens[..., None], 0.0)
+        p[:, behind], p_sum[:, behind] = p_left, p_left.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    return fits, q

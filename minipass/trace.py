@@ -26,8 +26,12 @@ MEANING = {
 
 @dataclass(frozen=True)
 class SeenDraft:
-    """One draft as it was tested: its token and what the draft distribution p and the target q gave it."""
+    """One draft as it was tested: its token and what the draft distribution p and the target q gave it.
 
+    place: which draft in a row it is, and in a tree its rank among those for that place.
+    """
+
+    place: str
     token: int
     p: float
     q: float
@@ -55,6 +59,7 @@ class SeenRound:
     rejection: float
     total_tokens: int
     total_passes: int
+    path: list[str] | None = None  # of a tree: the places that were kept
 
     @property
     def tokens_per_pass(self) -> float:
@@ -79,11 +84,15 @@ class Trace:
         self.result.add(replace(record, **{name: [getattr(record, name)[b]] for name in names}))
         tokens, n_accepted = record.tokens[b], record.n_accepted[b]
         drafts, residual, rejection = [], [], 0.0
-        if record.drafts is not None:
+        path = None
+        if record.kept is not None:
+            drafts, path = seen_tree(record, b)
+        elif record.drafts is not None:
             ids = record.drafts[b]
             p = record.draft_probs[b].gather(1, ids[:, None]).squeeze(1)
             q = record.target_probs[b, : len(ids)].gather(1, ids[:, None]).squeeze(1)
-            drafts = list(map(SeenDraft, ids.tolist(), p.tolist(), q.tolist()))
+            places = [str(i) for i in range(1, 1 + len(ids))]
+            drafts = list(map(SeenDraft, places, ids.tolist(), p.tolist(), q.tolist()))
             if record.origins[b][-1:] == [CORRECTED]:
                 q, p = record.target_probs[b, n_accepted], record.draft_probs[b, n_accepted]
                 rest = (q - p).clamp(min=0)
@@ -103,6 +112,7 @@ class Trace:
                 rejection=rejection,
                 total_tokens=len(self.result.tokens[0]),
                 total_passes=self.result.passes,
+                path=path,
             )
         )
 
@@ -173,13 +183,25 @@ class Trace:
     def _round(self, number: int, seen: SeenRound) -> str:
         emitted = list(zip(seen.tokens, seen.origins, strict=True))
         chips = "".join(f'<span class="chip {origin}">{self._token(token)}</span>' for token, origin in emitted)
-        note = f"{seen.n_accepted} of {len(seen.drafts)} kept" if seen.drafts else "no drafts"
+        tested = "" if seen.path is not None else f" of {len(seen.drafts)}"
+        note = f"{seen.n_accepted}{tested} kept" if seen.drafts else "no drafts"
         words = ", ".join(f"{self._code(token)} {origin}" for token, origin in emitted)
         body = f"<p>Emitted: {words}. So far {seen.tokens_per_pass:.2f} tokens/pass.</p>"
-        if seen.drafts:
+        if seen.path is not None:
             rows = [
                 (
-                    str(i + 1),
+                    draft.place,
+                    self._code(draft.token),
+                    *map(number_of, (draft.p, draft.q)),
+                    "kept" if draft.place in seen.path else "left",
+                )
+                for draft in seen.drafts
+            ]
+            body += table("Drafts on the way", ("#", "token", "p", "q", "outcome"), rows, len(rows))
+        elif seen.drafts:
+            rows = [
+                (
+                    draft.place,
                     self._code(draft.token),
                     *map(number_of, (draft.p, draft.q, draft.accept)),
                     outcome(i, seen),
@@ -200,6 +222,21 @@ class Trace:
         return (
             f'<details id="r{number}"><summary><b>{number}</b> {chips} <small>{note}</small></summary>{body}</details>'
         )
+
+
+def seen_tree(record: Round, b: int) -> tuple[list[SeenDraft], list[str]]:
+    """The drafts of a tree that were tested, those at the nodes of the kept path, and the places of those kept."""
+    tree, tokens = record.tree, record.drafts[b].tolist()
+    kept = record.kept[b].tolist()
+    drafts, path = [], []
+    for node in range(1, len(kept)):
+        parent, depth = tree.parents[node - 1], tree.depth[node]
+        if kept[parent]:
+            token, place = tokens[node - 1], f"{depth}.{tree.rank[node - 1] + 1}"
+            p = record.draft_probs[b, depth - 1, token].item()
+            drafts.append(SeenDraft(place, token, p, record.target_probs[b, parent, token].item()))
+            path += [place] * kept[node]
+    return drafts, path
 
 
 def plain(text: str) -> str:
@@ -329,8 +366,10 @@ button { font: inherit; font-size: .875rem; margin: 0 0 .6rem; }
 EXPLANATION = """<p>A round tests drafts: p is the probability with which a token was drafted, q what the target gives
 it at that place, behind the drafts before it. A draft is kept with probability min(1, q/p). The first that is not kept
 is replaced by a draw from the residual, max(0, q - p) made to sum to 1, and those behind it are dropped: their q says
-what would follow the rejected draft. If all are kept, the last target gives a bonus token. Select a round to open
-it.</p>"""
+what would follow the rejected draft. If all are kept, the last target gives a bonus token. In a tree several
+drafts stand for one place, 1.1 and 1.2 and so on: if a draw from the target is one of them it is kept, and the drafts
+behind it are tested (or they are tested one after the other, with what the ones before left of the target). Select a
+round to open it.</p>"""
 
 # The page says everything without it: a click on the text opens that round, a button opens or closes all.
 SCRIPT = """<script>

@@ -16,7 +16,7 @@ from minipass.course import test_exercises as graders
 from minipass.course.grading import EXERCISES, placeholder
 from minipass.errors import InputError
 from minipass.generate import _fused, _two_pass
-from minipass.layout import lookahead_ids, path_with_groups, tree
+from minipass.layout import lookahead_ids, tree, with_groups
 from minipass.losses import lookahead_loss, rows_after_cuts
 from minipass.model import KVCache
 from minipass.sampling import probabilities, speculative_accept
@@ -46,8 +46,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_a_handout_is_the_package_but_for_the_bodies_of_the_exercises(folder):
-    for path in sorted((ROOT / "minipass").glob("*.py")):
-        real, given = path.read_text("utf-8"), (folder / "minipass" / path.name).read_text("utf-8")
+    for path in [*(ROOT / "minipass").glob("*.py"), *(ROOT / "minipass" / "benchmark").glob("*.py")]:
+        real, given = path.read_text("utf-8"), (folder / path.relative_to(ROOT)).read_text("utf-8")
         expected = course.functions(ast.parse(real))
         gaps = {name: n for n, exercise in EXERCISES.items() for file, name in exercise.functions if file == path.name}
         assert set(gaps) <= set(expected)
@@ -184,15 +184,18 @@ MISTAKES = {
     "cache of the first text for all": (3, KVCache.mask, "self.length[:, None]", "self.length[:1, None]"),
     "values not stored": (3, KVCache.store, "values[self.batch, :, slots] = v.transpose(1, 2)", "pass"),
     "groups see each other": (
-        4, path_with_groups, "groups[:, :, :1] = anchors[:, :, None]", "groups[:, :1, :1] = anchors[:, :1, None]",
+        4, with_groups, "rows[:, first_row[lengths > 0]] = anchors[:, lengths > 0]",
+        "rows[:, first_row[:1]] = anchors[:, :1]",
     ),
     "ids from vocab_size + 1": (4, lookahead_ids, "vocab_size + torch", "vocab_size + 1 + torch"),
     "rejected drafts kept in the cache": (6, _two_pass, "run.keep(1 + verified.n_accepted)", "run.keep(1 + n_drafts)"),
     "look-ahead row kept": (6, _two_pass, "run.keep(1)", "run.keep(2)"),
     "free token forgotten": (6, _two_pass, "run.emit(free=free, verified=verified)", "run.emit(verified=verified)"),
     "drafts greedy, p not": (6, _two_pass, "drafts = run.draw(draft_probs)", "drafts = draft_probs.argmax(-1)"),
-    "root not kept": (7, _fused, "run.keep(1 + verified.n_accepted)", "run.keep(verified.n_accepted)"),
-    "always the first group": (7, _fused, "group_logits[batch, verified.n_accepted]", "group_logits[batch, 0]"),
+    "root not kept": (
+        7, _fused, "last = run.keep_path(verified)", "last = verified.n_accepted; run.keep(verified.n_accepted)",
+    ),
+    "always the first group": (7, _fused, "n_lookahead, device)[last]", "n_lookahead, device)[last * 0]"),
     "cut itself": (8, rows_after_cuts, "[..., None] + 1 +", "[..., None] +"),
     "KL the wrong way": (8, lookahead_loss, "(log_q.exp() * (log_q - log_p))", "(log_p.exp() * (log_p - log_q))"),
     "target not detached": (8, lookahead_loss, "text_logits.detach()", "text_logits"),

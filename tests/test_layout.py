@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from minipass.layout import CACHE_END, draft_layout, fused_layout, lookahead_ids, path_layout, path_with_groups, tree
+from minipass.layout import (
+    CACHE_END,
+    chain,
+    draft_layout,
+    fused_layout,
+    lookahead_ids,
+    path,
+    path_layout,
+    tree,
+    with_groups,
+)
 
 CPU = torch.device("cpu")
 
@@ -58,7 +68,7 @@ def test_a_draft_pass_is_one_path_from_the_root_through_the_lookahead_rows():
 
 @pytest.mark.parametrize(("n_drafts", "n_lookahead"), [(0, 3), (1, 1), (2, 4), (4, 4), (3, 0)])
 def test_fused_rows_see_what_they_should_and_nothing_else(n_drafts, n_lookahead):
-    layout = fused_layout(n_drafts, n_lookahead, CPU)
+    layout = fused_layout(chain(n_drafts), n_lookahead, CPU)
     names = [("real", j, 0) for j in range(n_drafts + 1)]  # root, d_1, ..., d_k
     names += [("lookahead", j, i) for j in range(n_drafts + 1) for i in range(1, n_lookahead + 1)]
     assert layout.visible.shape == (1, len(names), len(names))
@@ -73,17 +83,17 @@ def test_fused_rows_see_what_they_should_and_nothing_else(n_drafts, n_lookahead)
 
 
 def test_training_and_fused_decoding_share_one_layout():
-    training = path_with_groups(4, np.array([[0, 1, 2, 3]]), 2)
-    fused = fused_layout(3, 2, CPU)
+    training = with_groups(path(4), np.array([[0, 1, 2, 3]]), 2)
+    fused = fused_layout(chain(3), 2, CPU)
     assert torch.equal(training.visible, fused.visible)
     assert torch.equal(training.depth, fused.depth)
 
 
 def test_groups_hang_from_their_anchors_in_each_row_of_a_batch():
-    layout = path_with_groups(5, np.array([[3, 0], [1, 4]]), 2)
+    layout = with_groups(path(5), np.array([[3, 0], [1, 4]]), 2)
     assert layout.depth[:, 5:].tolist() == [[4, 5, 1, 2], [2, 3, 5, 6]]
     assert layout.visible[1, 6].nonzero().flatten().tolist() == [0, 1, 5, 6]
 
 
 def test_lookahead_ids_lie_behind_the_vocabulary_and_repeat_for_each_group():
-    assert lookahead_ids(100, 3, n_groups=2).tolist() == [100, 101, 102, 100, 101, 102]
+    assert lookahead_ids(100, 3, 0, 2).tolist() == [100, 101, 102, 100, 101]

@@ -6,7 +6,7 @@ import torch
 
 from minipass.errors import InputError
 from minipass.generate import _prefill
-from minipass.layout import draft_layout, fused_layout, lookahead_ids, path_layout, path_with_groups
+from minipass.layout import chain, draft_layout, fused_layout, lookahead_ids, path, path_layout, with_groups
 from minipass.model import GPT, GPTConfig, KVCache
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def rows_for(kind: str) -> tuple[list[int], object]:
         "plain": ([5], path_layout(1, CPU)),
         "verify": ([5, 1, 2, 3], path_layout(4, CPU)),
         "draft": ([5, *la[:3]], draft_layout(3, CPU)),
-        "fused": ([5, 1, 2, *la[:3] * 3], fused_layout(2, 3, CPU)),
+        "fused": ([5, 1, 2, *la[:3] * 3], fused_layout(chain(2), 3, CPU)),
     }[kind]
 
 
@@ -124,7 +124,7 @@ def test_setting_the_length_back_undoes_what_was_kept(model, texts):
 def test_plain_text_needs_no_layout(model):
     ids = torch.arange(8)[None]
     assert model(ids).shape == (1, 8, V)
-    torch.testing.assert_close(model(ids), model(ids, path_with_groups(8, np.zeros(0), 0)))
+    torch.testing.assert_close(model(ids), model(ids, with_groups(path(8), np.zeros(0), 0)))
 
 
 @torch.no_grad()

@@ -29,9 +29,8 @@ def write_handout(folder: Path) -> None:
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise InputError(f"{folder} is there already and not an empty folder; name a new one")
-        for part in ("minipass", "tests"):
-            (folder / part).mkdir(parents=True)
         for name, text in handout().items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, "utf-8")
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}") from error
@@ -40,7 +39,8 @@ def write_handout(folder: Path) -> None:
 def handout(exercises: Iterable[int] = tuple(EXERCISES)) -> dict[str, str]:
     """The text of each file of a handout by its path; `exercises` are those to be written."""
     exercises = tuple(exercises)
-    files = {f"minipass/{path.name}": with_gaps(path, exercises) for path in sorted(PACKAGE.glob("*.py"))}
+    sources = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("benchmark/*.py")])
+    files = {path.relative_to(PACKAGE.parent).as_posix(): with_gaps(path, exercises) for path in sources}
     files |= {name: (PACKAGE.parent / name).read_text("utf-8") for name in SCRIPTS if (PACKAGE.parent / name).is_file()}
     files["tests/conftest.py"] = (COURSE / "grading.py").read_text("utf-8")
     files["tests/test_exercises.py"] = (COURSE / "test_exercises.py").read_text("utf-8")

@@ -22,7 +22,7 @@ EXERCISES = {
     1: Exercise("Probabilities", 8, (), (("sampling.py", "probabilities"),)),
     2: Exercise("Mask and positions", 8, (), (("layout.py", "tree"),)),
     3: Exercise("The cache", 8, (), (("model.py", "KVCache.mask"), ("model.py", "KVCache.store"))),
-    4: Exercise("Look-ahead rows", 10, (2,), (("layout.py", "path_with_groups"), ("layout.py", "lookahead_ids"))),
+    4: Exercise("Look-ahead rows", 10, (2,), (("layout.py", "with_groups"), ("layout.py", "lookahead_ids"))),
     5: Exercise("Acceptance", 12, (), (("sampling.py", "speculative_accept"),)),
     6: Exercise("Algorithm 1", 14, (1, 2, 3, 4, 5), (("generate.py", "_two_pass"),)),
     7: Exercise("The fused round", 16, (1, 2, 3, 4, 5), (("generate.py", "_fused"),)),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minipass.generate import ACCEPTED, BONUS, CORRECTED, FREE, generate, stream
-from minipass.layout import CACHE_END, Layout, lookahead_ids, path_with_groups, tree
+from minipass.layout import CACHE_END, Layout, lookahead_ids, path, tree, with_groups
 from minipass.losses import TV_SCALE, lookahead_loss, rows_after_cuts, training_pass
 from minipass.model import GPT, GPTConfig, KVCache
 from minipass.sampling import probabilities, speculative_accept
@@ -222,14 +222,14 @@ def fused_rows(n_path: int, n_lookahead: int) -> list[tuple[int, int]]:
 @exercise_4(2)
 def test_ids_of_lookahead_tokens():
     assert lookahead_ids(10, 3).tolist() == [10, 11, 12], "[LA]_1 has the input id vocab_size"
-    ids = lookahead_ids(10, 2, n_groups=3)
+    ids = lookahead_ids(10, 2, 2, 2)
     assert ids.tolist() == [10, 11] * 3, "each group should begin again with [LA]_1"
     assert ids.dtype == torch.int64, "ids should be int64"
 
 
 @exercise_4(2)
 def test_a_draft_pass_is_a_path_and_a_verify_pass_has_no_groups():
-    draft, plain = path_with_groups(1, np.zeros(1), 3), path_with_groups(4, np.zeros(0), 0)
+    draft, plain = with_groups(path(1), np.zeros(1), 3), with_groups(path(4), np.zeros(0), 0)
     for layout in (draft, plain):
         assert layout.visible.shape == (1, 4, 4), "there should be n_path + G * n_lookahead rows"
         assert torch.equal(layout.visible, causal(4).visible), "[root, LA_1, LA_2, LA_3] should be one causal path"
@@ -239,14 +239,14 @@ def test_a_draft_pass_is_a_path_and_a_verify_pass_has_no_groups():
 @exercise_4(3)
 def test_lookahead_tokens_stand_behind_their_anchor():
     rows = fused_rows(4, 2)
-    depth = path_with_groups(4, np.arange(4), 2).depth[0].tolist()
+    depth = with_groups(path(4), np.arange(4), 2).depth[0].tolist()
     assert depth == [j + i for j, i in rows], "LA_i of the group hanging from row j should stand at j + i"
 
 
 @exercise_4(2)
 def test_lookahead_tokens_see_the_text_before_them_and_their_own_group():
     rows = fused_rows(4, 2)
-    visible = path_with_groups(4, np.arange(4), 2).visible[0]
+    visible = with_groups(path(4), np.arange(4), 2).visible[0]
     for row, (j, i) in enumerate(rows):
         for column, (other_j, other_i) in enumerate(rows):
             expected = other_j <= j if other_i == 0 else other_j == j and 0 < other_i <= i
@@ -257,9 +257,9 @@ def test_lookahead_tokens_see_the_text_before_them_and_their_own_group():
 @exercise_4(1)
 def test_each_batch_row_has_its_own_anchors():
     anchors = np.array([[0, 3], [2, 2]])
-    both = path_with_groups(4, anchors, 2)
+    both = with_groups(path(4), anchors, 2)
     for b in range(2):
-        alone = path_with_groups(4, anchors[b], 2)
+        alone = with_groups(path(4), anchors[b], 2)
         same = torch.equal(both.visible[b], alone.visible[0]) and torch.equal(both.depth[b], alone.depth[0])
         assert same, "anchors (B, G) should give each batch row the layout that it has alone"
 

@@ -1,0 +1,214 @@
+"""How bench.py measures: contenders take turns within each prompt, and what is reported are paired ratios.
+
+A slow moment of the machine thus meets all contenders alike. Prefill, which is the same for all, is timed apart; each
+contender first runs once untimed. Passes over a given number of rows are timed in the same way, by turns.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minipass.generate import Generation, stream
+from minipass.layout import path_layout
+from minipass.model import GPT, KVCache
+
+NGRAM = 8
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt continued once.
+
+    tokens: the new ones; first_seconds: until the first round's were there, prefill included; n_decoded, seconds: the
+    tokens after these, and their time. counts: of our methods. passes: after the first round, (model, rows) of each
+    forward pass, where model 0 is the target and 1 the draft model.
+    """
+
+    tokens: list[int]
+    first_seconds: float
+    n_decoded: int
+    seconds: float
+    counts: Generation | None = None
+    passes: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second, prefill not counted; NaN when the first round emitted all."""
+        return self.n_decoded / self.seconds if self.n_decoded else math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """One row of a table. run(prompt, seed) continues a prompt; baseline: what it is compared with, None for itself."""
+
+    name: str
+    prompts: list[list[int]]
+    run: Callable[[list[int], int], Sample]
+    lookahead: int | None = None
+    baseline: "Contender | None" = None
+    models: tuple[GPT, ...] = ()
+
+
+def ours(
+    name: str,
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    baseline: Contender | None = None,
+    **settings: Any,
+) -> Contender:
+    """A contender that is one of generate.METHODS; settings are stream's."""
+    models = (model, settings["draft_model"]) if settings.get("draft_model") else (model,)
+
+    def run(prompt: list[int], seed: int) -> Sample:
+        generator, counts = torch.Generator(model.device).manual_seed(seed), Generation()
+        passes: list[tuple[int, int]] = []
+        hooks = [
+            each.register_forward_pre_hook(lambda _, args, which=which: passes.append((which, args[0].shape[1])))
+            for which, each in enumerate(models)
+        ]
+        try:
+            began = now(model.device)
+            for record in stream(model, prompt, max_new_tokens, generator=generator, **settings):
+                counts.add(record)
+                if counts.rounds == 1:
+                    n_first, n_passes, first = len(counts.tokens[0]), len(passes), now(model.device)
+            ended = now(model.device)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        tokens = counts.tokens[0]
+        return Sample(tokens, first - began, len(tokens) - n_first, ended - first, counts, passes[n_passes:])
+
+    return Contender(name, prompts, run, settings.get("lookahead"), baseline, models)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def take_turns(contenders: Sequence[Contender], seed: int, title: str) -> list[list[Sample]]:
+    """Runs every contender on every prompt; for each contender its samples, in the order of its prompts.
+
+    Within a prompt the contenders take turns, beginning with another one each time. The first prompt is run twice, and
+    only its second run counts.
+    """
+    samples: list[list[Sample]] = [[] for _ in contenders]
+    turns = range(min(len(each.prompts) for each in contenders))
+    for index in tqdm([-1, *turns], desc=title, unit="prompt", dynamic_ncols=True):
+        for place in range(len(contenders)):
+            which = (place + index) % len(contenders)
+            contender = contenders[which]
+            sample = contender.run(contender.prompts[max(index, 0)], seed + max(index, 0))
+            if index >= 0:
+                samples[which].append(sample)
+    return samples
+
+
+def figures(contenders: Sequence[Contender], samples: Sequence[Sequence[Sample]]) -> list[dict]:
+    """What a table shows of each contender, as plain values. `speedup`: quartiles of the paired ratios of the rates."""
+    rows = []
+    for contender, own in zip(contenders, samples, strict=True):
+        base = samples[contenders.index(contender.baseline)] if contender.baseline else own
+        counts = [sample.counts for sample in own if sample.counts]
+        row = {
+            "method": contender.name,
+            "lookahead": contender.lookahead,
+            "tokens_per_pass": None,
+            "kept_by_position": [],
+            "speedup": paired_quartiles([s.rate for s in own], [s.rate for s in base]),
+            "tokens_per_second": quartiles([s.rate for s in own]),
+            "first_round_seconds": quartiles([s.first_seconds for s in own]),
+            "repeated_8grams": float(np.mean([repeated_share(s.tokens) for s in own])),
+            "same_text": float(np.mean([s.tokens == b.tokens for s, b in zip(own, base, strict=True)])),
+        }
+        if counts:
+            row["tokens_per_pass"] = sum(len(c.tokens[0]) for c in counts) / sum(c.prompt_passes for c in counts)
+            row["kept_by_position"] = kept_by_position(counts)
+        rows.append(row)
+    return rows
+
+
+def kept_by_position(counts: Sequence[Generation]) -> list[float]:
+    """Of the drafts that were made at each position in all generations together, the share that was kept."""
+    length = max(len(each.tested) for each in counts)
+    tested, accepted = np.zeros(length), np.zeros(length)
+    for each in counts:
+        tested[: len(each.tested)] += each.tested
+        accepted[: len(each.accepted)] += each.accepted
+    return (accepted / np.maximum(tested, 1)).tolist()
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """The 25th, 50th and 75th percentile, without NaN; three zeros where nothing is left."""
+    values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]
+    return np.percentile(values, [25, 50, 75]).tolist() if len(values) else [0.0] * 3
+
+
+def paired_quartiles(values: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Quartiles of value / base, prompt by prompt: not the ratio of the medians."""
+    return quartiles(np.asarray(values, dtype=float) / np.asarray(base, dtype=float))
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's interval of a share, 95% by default: good also near 0 and 1, unlike share +- z x standard error."""
+    share, spread = successes / trials, z * z / trials
+    middle = share + spread / 2
+    half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
+
+
+def repeated_share(tokens: Sequence[int]) -> float:
+    """Share of the 8-grams of a text that stood in it before: small models loop, and loops flatter acceptance."""
+    grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def predicted_speedup(n_decoded: int, passes: Sequence[tuple[int, int]], cost: dict[tuple[int, int], float]) -> float:
+    """The cost model: tokens/pass x t(1 row) / t(rows), with the passes that were made instead of an average one.
+
+    cost: by (model, rows), the time of such a pass in times of the target's pass over 1 row.
+    """
+    return n_decoded / sum(cost[each] for each in passes)
+
+
+@torch.inference_mode()
+def pass_seconds(models: Sequence[GPT], kinds: Sequence[tuple[int, int]], context: int, repeats: int) -> np.ndarray:
+    """Seconds of passes of each kind, (model, rows), behind `context` cached tokens: (repeats, kinds).
+
+    The kinds take turns in every repeat; one untimed turn goes before.
+    """
+    device, most = models[0].device, max(rows for _, rows in kinds)
+    caches = [KVCache(each.config, 1, context + most, device=device, dtype=each.dtype) for each in models]
+    for cache in caches:
+        cache.length += context
+    seconds = np.zeros((1 + repeats, len(kinds)))
+    for turn in tqdm(seconds, desc="passes", unit="turn", leave=False, dynamic_ncols=True):
+        for column, (which, rows) in enumerate(kinds):
+            ids = torch.zeros(1, rows, dtype=torch.int64, device=device)
+            began = now(device)
+            models[which](ids, path_layout(rows, device), caches[which])
+            turn[column] = now(device) - began
+    return seconds[1:]
+
+
+def memory_bandwidth(device: torch.device, megabytes: int = 256, repeats: int = 5) -> float:
+    """Bytes per second at which memory is read: the best of a few sums over a float32 tensor too large for caches."""
+    large = torch.ones(megabytes * 2**20 // 4, device=device)
+    best = math.inf
+    for _ in range(1 + repeats):
+        began = now(device)
+        large.sum()
+        best = min(best, now(device) - began)
+    return large.nbytes / best

@@ -1,0 +1,121 @@
+"""Which tree of drafts? Chosen from how often drafts of each rank are right, and from what rows cost on this machine.
+
+More drafts and more look-ahead tokens save passes, but every row takes time: a little where a pass is bound by reading
+weights, much where it is bound by computing. The choice rests on a small model of a generation, `expected_tokens`: it
+may be wrong about speed, never about the text.
+"""
+
+import heapq
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from minipass.generate import stream
+from minipass.layout import DraftTree
+from minipass.model import GPT
+
+Hits = Sequence[Sequence[float]]  # (L, K): how often the draft of each rank is right at each depth, losses.evaluate's
+SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # drafts of the trees to choose from
+
+
+def best_tree(hits: Hits, n_drafts: int) -> DraftTree:
+    """The tree of n_drafts nodes that keeps most drafts: always adds the node that is reached and kept most often.
+
+    The probability of a path is the product of its nodes'. Fewer nodes come back when hits do not give as many.
+    """
+    chosen: list[tuple[int, ...]] = []  # a node is named by the ranks on the way to it
+    growing = [(-hits[0][0], (0,))] if hits else []  # the likeliest node first
+    while growing and len(chosen) < n_drafts:
+        minus_probability, ranks = heapq.heappop(growing)
+        chosen.append(ranks)
+        depth, rank = len(ranks), ranks[-1]
+        if depth < len(hits):
+            heapq.heappush(growing, (minus_probability * hits[depth][0], (*ranks, 0)))
+        if rank + 1 < len(hits[depth - 1]) and hits[depth - 1][rank] > 0:
+            sibling = minus_probability / hits[depth - 1][rank] * hits[depth - 1][rank + 1]
+            heapq.heappush(growing, (sibling, (*ranks[:-1], rank + 1)))
+    chosen.sort(key=lambda ranks: (len(ranks), ranks))
+    number = {(): 0} | {ranks: i for i, ranks in enumerate(chosen, 1)}
+    return DraftTree(tuple(number[ranks[:-1]] for ranks in chosen))
+
+
+def reach_and_last(tree: DraftTree, hits: Hits) -> tuple[np.ndarray, np.ndarray]:
+    """For rounds that have a = 0..D look-ahead tokens, the probability that each node is kept, and that it is the last
+    one kept: two arrays (D + 1, N + 1)."""
+    depth, path = np.array(tree.depth), np.ones(len(tree.depth))
+    for node, (parent, rank) in enumerate(zip(tree.parents, tree.rank, strict=True), 1):
+        path[node] = path[parent] * hits[depth[node] - 1][rank]
+    reach = path * (depth <= np.arange(1 + depth[-1])[:, None])
+    last = reach.copy()
+    for node, parent in enumerate(tree.parents, 1):
+        last[:, parent] -= reach[:, node]
+    return reach, last
+
+
+def expected_tokens(tree: DraftTree, hits: Hits) -> float:
+    """Tokens/pass of a long fused generation, if every place had these hits, independent of each other.
+
+    How many look-ahead tokens a round has depends on the group behind the last node of the round before: a Markov
+    chain, whose stationary distribution weighs the rounds.
+    """
+    reach, last = reach_and_last(tree, hits)
+    goes_to = np.zeros((len(reach), len(reach)))
+    for node, length in enumerate(tree.lengths(tree.depth[-1])):
+        goes_to[:, length] += last[:, node]
+    weight = np.linalg.matrix_power(goes_to, 64)[-1]
+    return float(weight @ reach.sum(1))
+
+
+def with_fewer_rows(tree: DraftTree, hits: Hits) -> Iterator[DraftTree]:
+    """The tree with ever fewer look-ahead rows, from complete groups down to one row behind the root.
+
+    The row of [LA]_t behind a node is worth the probability that this node is the last one kept, times what drafts at
+    depth t add to a round. The least worth goes first.
+    """
+    reach, last = reach_and_last(tree, hits)
+    adds = [reach[t].sum() - reach[t - 1].sum() for t in range(1, len(reach))]  # falls with t
+    rows = [(last[-1, node] * added, -t, node) for node in range(len(tree.depth)) for t, added in enumerate(adds)]
+    rows.remove((last[-1, 0] * adds[0], 0, 0))
+    groups = [len(adds)] * len(tree.depth)
+    yield DraftTree(tree.parents, tuple(groups))
+    for _, _, node in sorted(rows):
+        groups[node] -= 1
+        yield DraftTree(tree.parents, tuple(groups))
+
+
+def n_rows(tree: DraftTree) -> int:
+    """Rows of a fused pass with this tree."""
+    return len(tree.depth) + sum(tree.lengths(tree.depth[-1]))
+
+
+def fastest_tree(hits: Hits, seconds: Callable[[int], float]) -> DraftTree:
+    """The tree with most expected tokens per second. seconds: of a round, by the rows of its pass."""
+    shapes = [
+        shape
+        for depth in range(1, 1 + len(hits))
+        for n_drafts in SIZES
+        for shape in with_fewer_rows(best_tree(hits[:depth], n_drafts), hits)
+    ]
+    return max(shapes, key=lambda shape: expected_tokens(shape, hits) / seconds(n_rows(shape)))
+
+
+def round_seconds(model: GPT, hits: Hits, n_rounds: int = 12, **sampling: Any) -> Callable[[int], float]:
+    """Measures rounds with trees of several sizes in turns; returns the time of a round, interpolated over rows.
+
+    sampling: temperature, top_k, top_p of the rounds. Takes a fraction of a second for a small model on a CPU.
+    """
+    trees = [best_tree(hits, n) for n in (1, 2, 4, 8, 16, 32)]
+    prompt = [0] * max(1, model.config.block_size // 4)
+    runs = [stream(model, prompt, model.config.block_size, method="pass-tree", tree=tree, **sampling) for tree in trees]
+    times: list[list[float]] = [[] for _ in trees]
+    for _ in range(n_rounds):
+        for run, measured in zip(runs, times, strict=True):
+            began = time.perf_counter()
+            next(run, None)  # None: the text has filled the window
+            measured.append(time.perf_counter() - began)
+    medians = [statistics.median(measured[2:]) for measured in times]  # the first rounds are prefill and warm-up
+    rows = [n_rows(tree) for tree in trees]
+    return lambda n: float(np.interp(n, rows, medians))
