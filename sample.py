@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from minipass import checkpoint
+from minipass import checkpoint, hf
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.errors import InputError
 from minipass.generate import (
@@ -74,7 +74,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, bfloat16 where "
         "the hardware has it)")  # fmt: skip
-    add("--checkpoint", default="joint", help="a file, or the name of one in the package (default: %(default)s)")
+    add("--checkpoint", default="joint", help="a file, the name of one in the package, or a GPT-2: gpt2 .. gpt2-xl or "
+        "a folder with its files (default: %(default)s)")  # fmt: skip
+    add("--lookahead-table", metavar="FILE", help="take the look-ahead tokens from this file")
     add("--compare", action="store_true", help="time the prompt with and without PaSS, side by side")
     add("--json", action="store_true", help="print one JSON object")
     add("--trace", type=Path, metavar="PATH", help="also write a web page that shows every round")
@@ -198,6 +200,10 @@ def main() -> None:
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     loaded = checkpoint.load(args.checkpoint, device=device, dtype=dtype)
+    if args.lookahead_table:
+        hf.load_table(loaded.model, args.lookahead_table)
+    if (args.variant or args.compare) and loaded.model.config.n_lookahead == 0:
+        raise InputError(f"{args.checkpoint} has no look-ahead tokens: name a file of them with --lookahead-table")
     encoding, prompt_ids = loaded.encoding, encode_bytes(loaded.encoding, prompt)
 
     def rounds_of(drafts: dict):
@@ -218,7 +224,7 @@ def main() -> None:
         compare(rounds_of, drafts)
         return
     method = drafts["method"]
-    names = ["checkpoint", "temperature", "top_k", "top_p", "lookahead", "seed"]
+    names = ["checkpoint", "lookahead_table", "temperature", "top_k", "top_p", "lookahead", "seed"]
     if args.variant == "tree" and args.lookahead != AUTO:
         names.append("tree_size")
     given = {name.replace("_", "-"): getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -1,9 +1,10 @@
 """Trains a small GPT and its look-ahead tokens: `python train_tiny.py` does something sensible in ten minutes.
 
 Stages: `base` trains a plain language model; `lookahead` freezes a base and trains only the look-ahead table (the
-paper, section 3.2); `joint` trains both together. A run lives in a folder: last.pt (go on with --resume), model.pt
-(the finished model), log.jsonl and loss.png. With --steps a run is reproducible: step s draws its batch from the seed
-and s alone.
+paper, section 3.2); `joint` trains both together. A run lives in a folder: last.pt (go on with --resume), the encoded
+corpus, log.jsonl, loss.png, and when it is finished model.pt (table.safetensors, a few KB, where the base is a GPT-2
+that stayed as it was). With --steps a run is reproducible: step s draws its batch from the seed and s alone, so that
+`torchrun --nproc_per_node N train_tiny.py ...` takes the same steps with N processes, each with its share of the batch.
 """
 
 import argparse
@@ -11,22 +12,36 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from minipass import checkpoint, losses
+from minipass import checkpoint, hf, losses
 from minipass.cli import choose_device, choose_dtype, run_script
-from minipass.data import encode_documents, even_windows, read_documents, sample_windows, split_documents
+from minipass.data import (
+    encode_to_file,
+    even_windows,
+    find_documents,
+    open_tokens,
+    sample_windows,
+    split_documents,
+)
 from minipass.errors import InputError
 from minipass.model import GPT, GPTConfig
 from minipass.tokenizer import build_encoding, gpt2_encoding, train_bpe
 
-NOT_PART_OF_A_RUN = ("resume", "device", "dtype", "minutes", "save_every")  # may differ when a run goes on
+# What may differ when a run goes on, as may the number of processes.
+NOT_PART_OF_A_RUN = ("resume", "device", "dtype", "minutes", "save_every", "accumulate", "checkpoint_activations")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,7 +54,8 @@ def parse_arguments() -> argparse.Namespace:
         help="what to train (default: joint)",
     )
     add("--out", type=Path, default=Path("runs/tiny"), help="folder of the run (default: %(default)s)")
-    add("--init", metavar="CHECKPOINT", help="start from these weights and this tokenizer, not from scratch")
+    add("--init", metavar="CHECKPOINT", help="start from these weights and this tokenizer: a file, or "
+        "a GPT-2, gpt2 .. gpt2-xl or a folder with its files")  # fmt: skip
     add("--resume", action="store_true", help="go on with the run in --out")
     add(
         "--data",
@@ -49,7 +65,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokenizer", default="bpe", choices=("bpe", "gpt2"), help="bpe trains one on the data (default)")
     add("--steps", type=int, help="optimiser steps")
     add("--minutes", type=float, help="stop after this time (default, without --steps: 10)")
-    add("--batch-size", type=int, default=16, help="windows in a step (default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="windows in a step, of all processes (default: %(default)s)")
+    add("--accumulate", type=int, default=1, help="parts that a process takes its windows in, to save memory")
+    add("--checkpoint-activations", action="store_true", help="compute each block twice, to save memory")
     add("--lr", type=float, help="peak learning rate (default: 0.004; lookahead stage: 0.02)")
     add(
         "--decay",
@@ -82,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
         "n-lookahead": "look-ahead tokens",
     }.items():
         default = getattr(GPTConfig, name.replace("-", "_"))
-        add(f"--{name}", type=int, help=f"{text} (default: {default}, or as in --init)")
+        add(f"--{name}", type=int, help=f"{text} (default: as in --init, else {default})")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="autocast to float32, bfloat16 or float16; auto measures nothing and takes "
         "bfloat16 where the hardware has it (default)")  # fmt: skip
@@ -94,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
         "steps",
         "minutes",
         "batch_size",
+        "accumulate",
         "lr",
         "eval_every",
         "save_every",
@@ -122,12 +141,12 @@ def start(args: argparse.Namespace, train_documents) -> tuple[GPT, object, dict]
     torch.manual_seed(args.seed)
     if args.init:
         loaded = checkpoint.load(args.init)
-        model, wanted = loaded.model, GPTConfig(**(vars(loaded.model.config) | sizes))
+        model = loaded.model
+        if args.stage != "base" and model.config.n_lookahead == 0:  # such as a GPT-2
+            sizes.setdefault("n_lookahead", GPTConfig.n_lookahead)
+        wanted = GPTConfig(**(vars(model.config) | sizes))
         if wanted.n_lookahead != model.config.n_lookahead:  # the table alone may be made anew, of any length
-            weights = model.state_dict() | {"lookahead": torch.randn(wanted.n_lookahead, wanted.n_embd) * 0.02}
-            changed = GPTConfig(**(vars(model.config) | {"n_lookahead": wanted.n_lookahead}))
-            model = GPT(changed)
-            model.load_state_dict(weights)
+            model.new_lookahead(wanted.n_lookahead)
         if wanted != model.config:
             raise InputError(f"--init has the sizes {model.config}, which cannot be changed to {wanted}")
         return model, loaded.encoding, loaded.record
@@ -137,7 +156,7 @@ def start(args: argparse.Namespace, train_documents) -> tuple[GPT, object, dict]
         encoding = gpt2_encoding()
     else:
         vocab_size = sizes.get("vocab_size", GPTConfig.vocab_size)
-        encoding = build_encoding(train_bpe([document.text for document in train_documents], vocab_size))
+        encoding = build_encoding(train_bpe((document.text for document in train_documents), vocab_size))
     return GPT(GPTConfig(**(sizes | {"vocab_size": encoding.n_vocab}))), encoding, {}
 
 
@@ -191,16 +210,51 @@ def draw_curves(folder: Path, history: list[dict]) -> None:
     plt.close(figure)
 
 
+class TrainingPass(torch.nn.Module):
+    """losses.training_pass as a module, for that is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, text: torch.Tensor, cuts: np.ndarray, n_lookahead: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return losses.training_pass(self.model, text, cuts, n_lookahead)
+
+
+def join_processes(device_name: str) -> tuple[torch.device, int, int]:
+    """This process's device and rank and the number of processes: one, or as many as torchrun started."""
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = choose_device(device_name)
+    if world > 1:
+        if device.type == "cuda":
+            device = choose_device(f"cuda:{local}")
+            torch.cuda.set_device(device)
+        # The others wait while the first encodes the corpus, however large; torchrun ends them if one fails.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    return device, rank, max(world, 1)
+
+
 def main() -> None:
     args = parse_arguments()
-    device = choose_device(args.device)
+    device, rank, world = join_processes(args.device)
+    if rank:  # the first process makes model and corpus ready and saves them; the others go on from there
+        try:
+            dist.barrier()
+        except RuntimeError:
+            sys.exit(2)  # it could not, and has said why
+        args.resume = True
     dtype = choose_dtype(args.dtype, device)
     settings = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(args).items()
         if name not in NOT_PART_OF_A_RUN
     }
-    last = args.out / "last.pt"
+    share, rest = divmod(args.batch_size, world * args.accumulate)  # windows in one forward pass
+    if rest:
+        raise InputError(f"--batch-size {args.batch_size} cannot be split into {world} x {args.accumulate} equal parts")
+    # A GPT-2 that stays as it is need not be stored again with each checkpoint.
+    base = args.init if args.stage == "lookahead" and args.init and hf.is_gpt2(args.init) else None
+    last, token_files = args.out / "last.pt", (args.out / "train.tokens", args.out / "heldout.tokens")
     if os.path.exists(last) and not args.resume:  # False where Path.exists raises: a name that is too long
         raise InputError(f"{args.out} already holds a run: go on with --resume, or name another folder with --out")
     state = None
@@ -214,19 +268,22 @@ def main() -> None:
                 was = state["settings"].get(name)
                 raise InputError(f"the run in {args.out} has {name} {was!r}, not {value!r}: it cannot go on so")
 
-    train_documents, heldout_documents = split_documents(read_documents(args.data))
+    encoded = state is not None and all(os.path.exists(file) for file in token_files)
+    parts = () if encoded else split_documents(find_documents(args.data))
     if state:
         model, encoding, parents = loaded.model, loaded.encoding, state["parents"]
     else:
-        model, encoding, record = start(args, train_documents)
+        model, encoding, record = start(args, parts[0])
         parents = [*record.get("parents", []), {k: v for k, v in record.items() if k != "parents"}] if record else []
     config = model.config
     if args.stage != "base" and config.n_lookahead == 0:
         raise InputError(f"--stage {args.stage} needs look-ahead tokens, but n_lookahead is 0")
     if config.block_size - config.n_lookahead < args.groups:
         raise InputError(f"--groups {args.groups} does not fit into a window of {config.block_size}")
-    train_tokens = encode_documents(train_documents, encoding)
-    windows = even_windows(encode_documents(heldout_documents, encoding), 128, config.block_size + 1)
+    for documents, file in zip(parts, token_files, strict=False):
+        encode_to_file(documents, encoding, file)
+    train_tokens, heldout_tokens = (open_tokens(file, encoding) for file in token_files)
+    windows = even_windows(heldout_tokens, 128, config.block_size + 1)
     sample_windows(train_tokens, 1, config.block_size + 1, np.random.default_rng(0))  # long enough?
     model.to(device).train()
     optimizers = make_optimizers(model, args.stage, args.lr)
@@ -253,7 +310,7 @@ def main() -> None:
             "parents": parents,
         }
         training["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        checkpoint.save(last, model, encoding, record(), training=training)
+        checkpoint.save(last, model, encoding, record(), training=training, base=base)
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         checkpoint.atomic_write(args.out / "log.jsonl", lambda path: path.write_text(lines))
         draw_curves(args.out, history)
@@ -262,6 +319,13 @@ def main() -> None:
         """Share of the run that is done: of its steps or of its minutes, whichever is further."""
         by_steps = step / args.steps if args.steps else 0.0
         return max(by_steps, seconds / (60 * args.minutes) if args.minutes else 0.0)
+
+    def mean(*values: float) -> list[float]:
+        """Means over the processes, each of which has its own values."""
+        shared = torch.tensor(values, dtype=torch.float64, device=device)
+        if world > 1:
+            dist.all_reduce(shared)
+        return (shared / world).tolist()
 
     interrupted = False
 
@@ -274,26 +338,45 @@ def main() -> None:
     signal.signal(signal.SIGINT, on_interrupt)
     if not state:
         save()  # now, so that a folder that cannot be written is known before hours are spent
-    bar = tqdm(total=args.steps, initial=step, unit="step", desc=args.stage, dynamic_ncols=True)
+    if world > 1 and rank == 0:
+        dist.barrier()
+    network = TrainingPass(model)
+    if args.checkpoint_activations:
+        for block in model.h:
+            block.forward = partial(recompute, block.forward, use_reentrant=False)
+    if world > 1:
+        network = DistributedDataParallel(network)
+    bar = tqdm(total=args.steps, initial=step, unit="step", desc=args.stage, dynamic_ncols=True, disable=rank > 0)
     tokens_per_step, began = args.batch_size * config.block_size, time.monotonic()
-    while progress() < 1 and not interrupted:
+    while True:
+        seconds, stop = mean(seconds, interrupted)  # the processes must agree on the time, and when to end
+        if progress() >= 1 or stop:
+            break
         rng = np.random.default_rng([args.seed, step])
-        batch = sample_windows(train_tokens, args.batch_size, config.block_size + 1, rng).to(device)
-        text, targets = batch[:, :-1], batch[:, 1:]
+        batch = sample_windows(train_tokens, args.batch_size, config.block_size + 1, rng)
         # L, L/2 and L/4 look-ahead tokens by turns: the near positions count most, and so are trained most.
         n_lookahead = max(1, config.n_lookahead >> step % 3)
         n_cuts = min(n_groups * config.n_lookahead // n_lookahead, config.block_size - n_lookahead)
-        cuts = losses.random_cuts(len(text), config.block_size, n_cuts, n_lookahead, rng)
+        all_cuts = losses.random_cuts(args.batch_size, config.block_size, n_cuts, n_lookahead, rng)
         kind = args.loss if args.loss != "kl-tv" else ("kl" if progress() < 0.75 else "tv")
-        with autocast:
-            text_logits, draft_logits = losses.training_pass(model, text, cuts, n_lookahead)
-        loss = losses.next_token_loss(text_logits, targets) if args.stage != "lookahead" else 0.0
-        if n_groups:
-            by_position = losses.lookahead_loss(kind, draft_logits, text_logits, targets, cuts)  # (n_lookahead,)
-            weights = args.position_decay ** torch.arange(n_lookahead, device=device)
-            drafting = (by_position * weights).sum() / weights.sum()
-            loss = loss + (args.lookahead_weight if args.stage == "joint" else 1.0) * drafting
-        scaler.scale(loss).backward()
+        whole_loss = torch.zeros((), device=device)
+        for part in range(args.accumulate):
+            mine = slice((rank * args.accumulate + part) * share, (rank * args.accumulate + part + 1) * share)
+            windows_here, cuts = batch[mine].to(device), all_cuts[mine]
+            text, targets = windows_here[:, :-1], windows_here[:, 1:]
+            waits = world > 1 and part < args.accumulate - 1  # gradients are exchanged once, behind the last part
+            with network.no_sync() if waits else nullcontext():
+                with autocast:
+                    text_logits, draft_logits = network(text, cuts, n_lookahead)
+                loss = losses.next_token_loss(text_logits, targets) if args.stage != "lookahead" else 0.0
+                if n_groups:
+                    by_position = losses.lookahead_loss(kind, draft_logits, text_logits, targets, cuts)
+                    weights = args.position_decay ** torch.arange(n_lookahead, device=device)
+                    drafting = (by_position * weights).sum() / weights.sum()
+                    loss = loss + (args.lookahead_weight if args.stage == "joint" else 1.0) * drafting
+                loss = loss / args.accumulate
+                scaler.scale(loss).backward()
+            whole_loss += loss.detach()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args.lr, step, progress(), args.decay)
@@ -303,10 +386,12 @@ def main() -> None:
         step += 1
         seconds += time.monotonic() - began
         began = time.monotonic()
-        entry = {"step": step, "loss": loss.item()}
+        entry = {"step": step, "loss": mean(whole_loss.item())[0]}
+        if rank:
+            continue  # one process validates, writes and prints
         if step % args.eval_every == 0 or progress() >= 1:
             with autocast:
-                figures = losses.evaluate(model.eval(), windows, n_groups=n_groups)
+                figures = losses.evaluate(model.eval(), windows, n_groups=n_groups, batch_size=min(16, share))
             model.train()
             entry |= {
                 "heldout_loss": figures["loss"],
@@ -324,13 +409,23 @@ def main() -> None:
         bar.set_postfix_str(f"loss {entry['loss']:.3f}, {rate:,.0f} tokens/s{left}", refresh=False)
         bar.update()
     bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+    if rank:
+        return
     save()
-    if interrupted:
+    if stop:
         print(f"stopped after step {step}; the same command with --resume goes on")
         return
-    checkpoint.save(args.out / "model.pt", model, encoding, record(), dtype=torch.bfloat16)
-    print(f"wrote {args.out / 'model.pt'}, log.jsonl and loss.png; try: python sample.py --checkpoint "
-          f"{args.out / 'model.pt'} --pass")  # fmt: skip
+    if base:
+        result = args.out / "table.safetensors"
+        hf.save_table(model, result)
+        use = f"--checkpoint {base} --lookahead-table {result}"
+    else:
+        result = args.out / "model.pt"
+        checkpoint.save(result, model, encoding, record(), dtype=torch.bfloat16)
+        use = f"--checkpoint {result}"
+    print(f"wrote {result}, log.jsonl and loss.png; try: python sample.py {use} --pass")
 
 
 if __name__ == "__main__":

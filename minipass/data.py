@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
+from tqdm import tqdm
 
+from minipass.checkpoint import atomic_write
 from minipass.errors import InputError
 from minipass.tokenizer import encode_text
 
 BUILT_IN = ("python", "installed", "docstrings")
 HELDOUT_FRACTION = 0.05
+DOCUMENTS_AT_ONCE = 32  # in memory, while a corpus is encoded into a file
 SHORTEST_DOCSTRING = 40  # characters; shorter ones are mostly "Return the name."
 
 
@@ -30,12 +33,34 @@ class Document:
     text: str
 
 
+@dataclass(frozen=True)
+class FileDocument:
+    """A Document that stays on the disk: its text is read when it is asked for."""
+
+    path: str
+    file: Path
+
+    @property
+    def text(self) -> str:
+        """Raises InputError when the file went away or is no text any more."""
+        try:
+            return self.file.read_bytes().decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f'the file "{self.file}" changed while it was in use: {error}') from error
+
+
 def read_documents(source: str | Path) -> list[Document]:
-    """Read a corpus, sorted by path, without files that are blank, not UTF-8 text, or copies of earlier ones.
+    """What find_documents finds, in memory."""
+    return [Document(document.path, document.text) for document in find_documents(source)]
+
+
+def find_documents(source: str | Path) -> list[Document | FileDocument]:
+    """Find a corpus, sorted by path, without files that are blank, not UTF-8 text, or copies of earlier ones.
 
     `source` is "python" (the standard library's .py files), "installed" (those and the installed packages'),
-    "docstrings" (the standard library's docstrings, one document a file), or the path of a file or folder.
-    A `Path` is always a path. Raises InputError if there is no such path or no text in it.
+    "docstrings" (the standard library's docstrings, one document a file), or the path of a file or folder. A folder may
+    be larger than memory: its files are read one at a time, and again when their text is asked for. A `Path` is always
+    a path. Raises InputError if there is no such path or no text in it.
     """
     if isinstance(source, str) and source in BUILT_IN:
         documents = list(_drop_copies(_read_python(with_site_packages=source == "installed")))
@@ -72,7 +97,7 @@ def _as_text(data: bytes) -> str | None:
         return None
 
 
-def _read_folder(folder: Path, suffix: str = "", skip: Sequence[str] = ()) -> Iterator[Document]:
+def _read_folder(folder: Path, suffix: str = "", skip: Sequence[str] = ()) -> Iterator[FileDocument]:
     """The readable text files below a folder, sorted by relative path, without hidden ones and caches."""
     found: list[str] = []
     for parent, folders, files in os.walk(folder):
@@ -86,10 +111,10 @@ def _read_folder(folder: Path, suffix: str = "", skip: Sequence[str] = ()) -> It
         except OSError:
             continue  # such as a file that belongs to someone else
         if text is not None:
-            yield Document(relative, text)
+            yield FileDocument(relative, path)
 
 
-def _read_python(with_site_packages: bool) -> Iterator[Document]:
+def _read_python(with_site_packages: bool) -> Iterator[FileDocument]:
     """The .py files of the running interpreter's standard library and, if asked, of its packages."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     # Packages lie inside the standard library's folder, unless a virtual environment moves them elsewhere.
@@ -97,15 +122,16 @@ def _read_python(with_site_packages: bool) -> Iterator[Document]:
     if with_site_packages:
         for folder in sorted({Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}):
             for document in _read_folder(folder, ".py"):
-                yield Document(f"site-packages/{document.path}", document.text)
+                yield FileDocument(f"site-packages/{document.path}", document.file)
 
 
 def _drop_copies(documents: Iterable[Document]) -> Iterator[Document]:
     """Skip blank documents and copies of earlier ones: a copy of a held-out one must not be trained on."""
     seen: set[bytes] = set()
     for document in documents:
-        digest = hashlib.sha256(document.text.encode()).digest()
-        if document.text.strip() and digest not in seen:
+        text = document.text
+        digest = hashlib.sha256(text.encode()).digest()
+        if text.strip() and digest not in seen:
             seen.add(digest)
             yield document
 
@@ -162,15 +188,39 @@ def _cut(document: Document) -> tuple[list[Document], list[Document]]:
     return [Document(path, text[:cut])], [Document(path, text[cut:])]
 
 
+def _token_dtype(encoding: tiktoken.Encoding) -> type:
+    return np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
+
+
 def encode_documents(documents: Iterable[Document], encoding: tiktoken.Encoding) -> np.ndarray:
     """All tokens in one row, (N,), end-of-text after each document; uint16, or uint32 if ids need it."""
-    dtype = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
+    dtype = _token_dtype(encoding)
 
     def encode(document: Document) -> np.ndarray:
         return np.append(encode_text(encoding, document.text), np.uint32(encoding.eot_token)).astype(dtype)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken lets go of Python's lock while it encodes
         return np.concatenate([np.empty(0, dtype), *pool.map(encode, documents)])
+
+
+def encode_to_file(documents: Sequence[Document], encoding: tiktoken.Encoding, path: Path) -> None:
+    """Writes what encode_documents gives into the file `path`, with only a few documents at a time in memory.
+
+    Raises InputError if the file cannot be written.
+    """
+
+    def write(temporary: Path) -> None:
+        starts = range(0, len(documents), DOCUMENTS_AT_ONCE)
+        with open(temporary, "wb") as file:
+            for start in tqdm(starts, desc=f"encoding {path.name}", disable=None, leave=False):
+                encode_documents(documents[start : start + DOCUMENTS_AT_ONCE], encoding).tofile(file)
+
+    atomic_write(path, write)
+
+
+def open_tokens(path: Path, encoding: tiktoken.Encoding) -> np.ndarray:
+    """The tokens in a file of encode_to_file, (N,), memory-mapped: read from the disk when they are looked at."""
+    return np.memmap(path, _token_dtype(encoding), mode="r")
 
 
 def _check_length(tokens: np.ndarray, length: int) -> None:

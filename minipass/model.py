@@ -6,7 +6,8 @@ One forward serves training, prefill, plain decoding, draft, verify and fused pa
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -188,6 +189,29 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / depth)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, n_lookahead: int = 0) -> "GPT":
+        """GPT-2's weights from a local folder or the Hugging Face hub: hf.from_pretrained says what and which."""
+        from minipass import hf  # here, as that module needs this one
+
+        return hf.from_pretrained(name_or_folder, n_lookahead)
+
+    def set_lookahead(self, table: torch.Tensor) -> None:
+        """Replaces the look-ahead table by a copy of `table` (L, n_embd), of any L.
+
+        Raises InputError when its width is not the model's.
+        """
+        if table.dim() != 2 or table.shape[1] != self.config.n_embd:
+            shape, n_embd = tuple(table.shape), self.config.n_embd
+            raise InputError(f"a look-ahead table of shape {shape} does not fit a model with n_embd {n_embd}")
+        self.config = replace(self.config, n_lookahead=len(table))
+        self.lookahead = nn.Parameter(table.detach().to(self.wte.weight, copy=True))
+
+    def new_lookahead(self, n_lookahead: int) -> None:
+        """Replaces the look-ahead table by a random one, N(0, 0.02). Raises InputError when n_lookahead < 0."""
+        config = replace(self.config, n_lookahead=n_lookahead)
+        self.set_lookahead(torch.randn(n_lookahead, config.n_embd) * 0.02)
 
     @property
     def device(self) -> torch.device:

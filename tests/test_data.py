@@ -252,6 +252,37 @@ def test_no_documents_are_no_tokens_and_large_ids_get_a_larger_type():
     assert tokens.dtype == np.uint32 and tokens.tolist() == [0, 0, 0, 2**16]
 
 
+def test_a_corpus_is_encoded_into_a_file_a_few_documents_at_a_time(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for i in range(7):
+        (tmp_path / f"in/{i}.txt").write_text(f"text {i}\n" * (i + 1))
+    documents = data.find_documents(tmp_path / "in")
+    at_once, real = [], data.encode_documents
+
+    def encode(some, encoding):
+        at_once.append(len(some))
+        return real(some, encoding)
+
+    monkeypatch.setattr(data, "DOCUMENTS_AT_ONCE", 3)
+    monkeypatch.setattr(data, "encode_documents", encode)
+    data.encode_to_file(documents, ENCODING, tmp_path / "out/tokens")
+    tokens = data.open_tokens(tmp_path / "out/tokens", ENCODING)
+    assert at_once == [3, 3, 1]
+    assert isinstance(tokens, np.memmap)
+    assert np.array_equal(tokens, real(read_documents(tmp_path / "in"), ENCODING))
+    assert sample_windows(tokens, 2, 5, np.random.default_rng(0)).shape == (2, 5)
+
+
+def test_a_document_of_a_folder_is_read_when_it_is_needed_and_missed_when_it_is_gone(tmp_path):
+    (tmp_path / "a.txt").write_text("first")
+    (document,) = data.find_documents(tmp_path)
+    (tmp_path / "a.txt").write_text("second")
+    assert document.text == "second"
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(InputError, match=r"a\.txt\" changed while it was in use"):
+        encode_documents([document], ENCODING)
+
+
 def test_sampled_windows_are_stretches_of_the_tokens_and_reach_both_ends():
     tokens = np.arange(100, 120, dtype=np.uint16)
     windows = sample_windows(tokens, 500, 8, np.random.default_rng(0))
