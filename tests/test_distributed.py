@@ -87,12 +87,12 @@ def test_two_processes_take_the_steps_of_one_and_one_goes_on_where_two_stopped(c
     two, one = tmp_path / "two", tmp_path / "one"
     processes = start_two(*command(corpus, two))
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while len(curve(two)) < 4 and processes[0].poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         for process in processes:
             process.send_signal(signal.SIGINT)  # as torchrun passes it on
-        (out, err), (other_out, other_err) = (process.communicate(timeout=60) for process in processes)
+        (out, err), (other_out, other_err) = (process.communicate(timeout=300) for process in processes)
     finally:
         for process in processes:
             process.kill()
@@ -120,7 +120,7 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(train_until, tmp_path)
 def test_a_mistake_in_two_processes_is_one_sentence_of_one_of_them(corpus, tmp_path):
     processes = start_two(*command(corpus, tmp_path, "--n-embd", "15"))
     try:
-        outputs = [process.communicate(timeout=60) for process in processes]
+        outputs = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
