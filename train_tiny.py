@@ -234,6 +234,51 @@ def join_processes(device_name: str) -> tuple[torch.device, int, int]:
     return device, rank, max(world, 1)
 
 
+def unfinished_run(last: Path, settings: dict) -> checkpoint.Checkpoint:
+    """The checkpoint to go on from. Raises InputError when it is none, or its run had other settings."""
+    loaded = checkpoint.load(last)
+    if loaded.training is None:
+        raise InputError(f"{last} holds no training state to go on with")
+    for name, value in settings.items():
+        was = loaded.training["settings"].get(name)
+        if was != value:
+            raise InputError(f"the run in {last.parent} has {name} {was!r}, not {value!r}: it cannot go on so")
+    return loaded
+
+
+def draw_batch(
+    tokens: np.ndarray, config: GPTConfig, args: argparse.Namespace, step: int
+) -> tuple[torch.Tensor, np.ndarray, int]:
+    """What step `step` trains on, by the seed and the step alone: windows (batch_size, block_size + 1), the cuts of
+    their look-ahead groups (batch_size, G), and the tokens L in each group.
+
+    L is the table's, half and a quarter of it by turns: the same rows give the near positions, which count most, more
+    groups.
+    """
+    rng = np.random.default_rng([args.seed, step])
+    windows = sample_windows(tokens, args.batch_size, config.block_size + 1, rng)
+    n_lookahead = max(1, config.n_lookahead >> step % 3)
+    n_groups = 0 if args.stage == "base" else args.groups * config.n_lookahead // n_lookahead
+    n_groups = min(n_groups, config.block_size - n_lookahead)
+    return windows, losses.random_cuts(len(windows), config.block_size, n_groups, n_lookahead, rng), n_lookahead
+
+
+def whole_loss(
+    network: torch.nn.Module, windows: torch.Tensor, cuts: np.ndarray, n_lookahead: int, kind: str, args
+) -> torch.Tensor:
+    """The stage's loss: the next token's, the look-ahead rows', or the sum with --lookahead-weight."""
+    text, targets = windows[:, :-1], windows[:, 1:]
+    text_logits, draft_logits = network(text, cuts, n_lookahead)
+    if args.stage == "base":
+        return losses.next_token_loss(text_logits, targets)
+    by_position = losses.lookahead_loss(kind, draft_logits, text_logits, targets, cuts)  # (n_lookahead,)
+    weights = args.position_decay ** torch.arange(n_lookahead, device=by_position.device)
+    drafting = (by_position * weights).sum() / weights.sum()
+    if args.stage == "lookahead":
+        return drafting
+    return losses.next_token_loss(text_logits, targets) + args.lookahead_weight * drafting
+
+
 def main() -> None:
     args = parse_arguments()
     device, rank, world = join_processes(args.device)
@@ -259,15 +304,8 @@ def main() -> None:
         raise InputError(f"{args.out} already holds a run: go on with --resume, or name another folder with --out")
     state = None
     if args.resume:
-        loaded = checkpoint.load(last)
+        loaded = unfinished_run(last, settings)
         state = loaded.training
-        if state is None:
-            raise InputError(f"{last} holds no training state to go on with")
-        for name, value in settings.items():
-            if state["settings"].get(name) != value:
-                was = state["settings"].get(name)
-                raise InputError(f"the run in {args.out} has {name} {was!r}, not {value!r}: it cannot go on so")
-
     encoded = state is not None and all(os.path.exists(file) for file in token_files)
     parts = () if encoded else split_documents(find_documents(args.data))
     if state:
@@ -295,7 +333,6 @@ def main() -> None:
 
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    n_groups = 0 if args.stage == "base" else args.groups
 
     def record() -> dict:
         figures = {key: value for key, value in history[-1].items() if key != "loss"} if history else {}
@@ -352,31 +389,18 @@ def main() -> None:
         seconds, stop = mean(seconds, interrupted)  # the processes must agree on the time, and when to end
         if progress() >= 1 or stop:
             break
-        rng = np.random.default_rng([args.seed, step])
-        batch = sample_windows(train_tokens, args.batch_size, config.block_size + 1, rng)
-        # L, L/2 and L/4 look-ahead tokens by turns: the near positions count most, and so are trained most.
-        n_lookahead = max(1, config.n_lookahead >> step % 3)
-        n_cuts = min(n_groups * config.n_lookahead // n_lookahead, config.block_size - n_lookahead)
-        all_cuts = losses.random_cuts(args.batch_size, config.block_size, n_cuts, n_lookahead, rng)
+        batch, cuts, n_lookahead = draw_batch(train_tokens, config, args, step)
         kind = args.loss if args.loss != "kl-tv" else ("kl" if progress() < 0.75 else "tv")
-        whole_loss = torch.zeros((), device=device)
+        step_loss = torch.zeros((), device=device)
         for part in range(args.accumulate):
             mine = slice((rank * args.accumulate + part) * share, (rank * args.accumulate + part + 1) * share)
-            windows_here, cuts = batch[mine].to(device), all_cuts[mine]
-            text, targets = windows_here[:, :-1], windows_here[:, 1:]
             waits = world > 1 and part < args.accumulate - 1  # gradients are exchanged once, behind the last part
             with network.no_sync() if waits else nullcontext():
                 with autocast:
-                    text_logits, draft_logits = network(text, cuts, n_lookahead)
-                loss = losses.next_token_loss(text_logits, targets) if args.stage != "lookahead" else 0.0
-                if n_groups:
-                    by_position = losses.lookahead_loss(kind, draft_logits, text_logits, targets, cuts)
-                    weights = args.position_decay ** torch.arange(n_lookahead, device=device)
-                    drafting = (by_position * weights).sum() / weights.sum()
-                    loss = loss + (args.lookahead_weight if args.stage == "joint" else 1.0) * drafting
+                    loss = whole_loss(network, batch[mine].to(device), cuts[mine], n_lookahead, kind, args)
                 loss = loss / args.accumulate
                 scaler.scale(loss).backward()
-            whole_loss += loss.detach()
+            step_loss += loss.detach()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args.lr, step, progress(), args.decay)
@@ -386,11 +410,12 @@ def main() -> None:
         step += 1
         seconds += time.monotonic() - began
         began = time.monotonic()
-        entry = {"step": step, "loss": mean(whole_loss.item())[0]}
+        entry = {"step": step, "loss": mean(step_loss.item())[0]}
         if rank:
             continue  # one process validates, writes and prints
         if step % args.eval_every == 0 or progress() >= 1:
             with autocast:
+                n_groups = 0 if args.stage == "base" else 8
                 figures = losses.evaluate(model.eval(), windows, n_groups=n_groups, batch_size=min(16, share))
             model.train()
             entry |= {

@@ -275,7 +275,13 @@ def test_a_full_run_writes_tables_figures_and_pictures(run, folder, tmp_path):
     assert list(found) == list(experiments.EXPERIMENTS)
     assert all("torch" in each["setting"] and "commit" in each["setting"] for each in found.values())
     greedy = {(row["method"], row["lookahead"]): row for row in found["headline"]["greedy"]}
-    assert set(greedy) == {("autoregressive", None), ("two-pass", 2), ("fused", 2), ("two models", 2)}
+    assert set(greedy) == {
+        ("autoregressive", None),
+        ("two-pass", 2),
+        ("fused", 2),
+        ("tree of 4 L", 2),
+        ("two models", 2),
+    }
     assert all(row["same_text"] == 1 for row in greedy.values())  # in float32
     assert greedy["autoregressive", None]["tokens_per_pass"] == 1
     frozen = {row["method"] for row in found["methods"]["settings"][0]["rows"]}
