@@ -5,12 +5,15 @@ import random
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from minipass import checkpoint, losses
 from minipass.errors import InputError
+from minipass.model import GPTConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_tiny  # noqa: E402
@@ -172,6 +175,22 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(train, tmp_
     other = train(tmp_path / "c", *arguments, "--seed", "1")
     assert torch.equal(first.model.wte.weight, second.model.wte.weight)
     assert not torch.equal(first.model.wte.weight, other.model.wte.weight)
+
+
+def test_groups_take_turns_in_length_with_the_same_rows_and_follow_from_seed_and_step_alone():
+    config = GPTConfig(vocab_size=50, block_size=64, n_lookahead=8)
+    settings = {"batch_size": 3, "groups": 2, "seed": 5}
+    args, tokens = SimpleNamespace(stage="joint", **settings), np.arange(1000) % 50
+    lengths = []
+    for step in range(6):
+        windows, cuts, n_lookahead = train_tiny.draw_batch(tokens, config, args, step)
+        again = train_tiny.draw_batch(tokens, config, args, step)
+        assert torch.equal(windows, again[0]) and (cuts == again[1]).all()
+        assert windows.shape == (3, 65)
+        assert cuts.shape[1] * n_lookahead == 2 * 8
+        lengths.append(n_lookahead)
+    assert lengths == [8, 4, 2, 8, 4, 2]
+    assert train_tiny.draw_batch(tokens, config, SimpleNamespace(stage="base", **settings), 0)[1].shape == (3, 0)
 
 
 def test_training_learns_and_leaves_its_log_curve_and_record(train, tmp_path):
