@@ -192,5 +192,5 @@ def test_a_torch_file_of_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize("name", sorted(path.stem for path in checkpoint.SHIPPED.glob("*.pt")))
 def test_a_shipped_checkpoint_loads_by_its_name(name):
     loaded = checkpoint.load(name)
-    assert loaded.model.config.n_lookahead > 0
-    assert loaded.record["stage"] in ("joint", "lookahead")
+    assert loaded.record["stage"] == {"joint": "joint", "frozen": "lookahead", "draft": "base"}[name]
+    assert (loaded.model.config.n_lookahead > 0) == (name != "draft")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from minipass.errors import InputError
-from minipass.generate import ACCEPTED, CORRECTED, METHODS, Round, stream
+from minipass.generate import ACCEPTED, CORRECTED, METHODS, RULES, Round, stream
+from minipass.layout import DraftTree
 from minipass.tokenizer import encoding_of
 from minipass.trace import SeenDraft, Trace, number_of
 
@@ -88,7 +89,7 @@ def test_numbers_are_those_of_the_records(model, settings):
         for i, draft in enumerate(seen.drafts):
             token = record.drafts[0, i].item()
             p, q = record.draft_probs[0, i, token].item(), record.target_probs[0, i, token].item()
-            assert draft == SeenDraft(token, p, q)
+            assert draft == SeenDraft(str(i + 1), token, p, q)
             assert draft.accept == min(1, q / p)
         corrected = record.origins[0][-1] == CORRECTED
         assert bool(seen.residual) == corrected
@@ -104,6 +105,30 @@ def test_numbers_are_those_of_the_records(model, settings):
         for i, draft in enumerate(seen.drafts, 1):
             row = [str(i), LETTERS.decode([draft.token]), *map(number_of, (draft.p, draft.q, draft.accept))]
             assert any(cells[at : at + len(row)] == row for at in range(len(cells)))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_of_a_tree_the_drafts_at_the_nodes_of_the_kept_path_are_shown(model, rule):
+    tree = DraftTree((0, 0, 1, 1, 2))
+    records = records_of(model, "pass-tree", tree=tree, rule=rule)
+    trace, place = trace_of(LETTERS, b"BCD", records), ["1.1", "1.2", "2.1", "2.2", "2.1"]
+    for record, seen in zip(records, trace.rounds, strict=True):
+        if record.kept is None:
+            assert not seen.drafts
+            continue
+        kept = record.kept[0].tolist()
+        shown = [node for node in range(1, len(kept)) if kept[record.tree.parents[node - 1]]]
+        assert [draft.token for draft in seen.drafts] == [record.drafts[0, node - 1].item() for node in shown]
+        assert [draft.place for draft in seen.drafts] == [place[node - 1] for node in shown]
+        assert seen.path == [place[node - 1] for node in shown if kept[node]]
+        for draft, node in zip(seen.drafts, shown, strict=True):
+            parent = record.tree.parents[node - 1]
+            assert draft.q == record.target_probs[0, parent, draft.token].item()
+            assert draft.p == record.draft_probs[0, record.tree.depth[node] - 1, draft.token].item()
+    cells = Page(trace.html()).cells
+    n_kept = sum(len(seen.path or []) for seen in trace.rounds)
+    assert 0 < n_kept == cells.count("kept")
+    assert cells.count("left") == sum(len(seen.drafts) for seen in trace.rounds) - n_kept
 
 
 def test_outcomes_count_what_was_kept_and_rejected(model):
