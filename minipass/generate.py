@@ -453,7 +453,8 @@ def stream(
     draft_model: the drafter of `speculative`, same vocabulary. fixed_token: what stands in for look-ahead tokens in
     `fixed-token` (None: the last token of the vocabulary, end of text).
     tree: the drafts of a round of `pass-tree` (None: DEFAULT_TREE), cut at `lookahead`; a shapes.AdaptiveTree changes
-    it from round to round. rule: how drafts are tested, one of RULES, see sampling.tree_accept (None: matching).
+    it from round to round. rule: how drafts are tested, one of RULES, see sampling.tree_accept (None: what kept
+    more in bench.py's experiment on trees, recursive rejection, and matching where there is one right token).
     Raises InputError for anything out of bounds, before the first pass.
     """
     if method not in METHODS:
@@ -472,7 +473,8 @@ def stream(
         most = f"..{config.n_lookahead}" if uses_table else " or more"
         raise InputError(f"lookahead must lie in 1{most} for this model and method, not {lookahead}")
     if method == "pass-tree":
-        trees, rule = [tree.cut(lookahead) for tree in trees], rule or "matching"
+        trees = [tree.cut(lookahead) for tree in trees]
+        rule = rule or ("recursive" if temperature > 0 else "matching")
         if rule not in RULES:
             raise InputError(f"unknown rule {rule!r}; there are {', '.join(RULES)}")
         width = max(tree.width for tree in trees)
