@@ -409,24 +409,32 @@ def against_peers(bench: Bench) -> Report:
     """Is PaSS faster than Hugging Face `generate` on the same weights: plain, with an assistant, with prompt lookup?"""
     if not peers.installed():
         return Report("Left out: transformers is not installed (pip install -e '.[peers]').", {"rows": []})
-    contenders = bench.family(bench.data, GREEDY, bench.lookahead)
     draft = bench.draft.model if bench.draft else None
-    arguments = (bench.subject.model, draft, contenders[0], bench.new_tokens, bench.lookahead)
-    theirs, difference = peers.contenders(*arguments)
-    contenders += theirs
-    rows = figures(contenders, take_turns(contenders, bench.seed, "peers"))
-    fastest = max((row for row in rows if row["tokens_per_pass"]), key=lambda row: row["speedup"][1])
-    others = max((row for row in rows if not row["tokens_per_pass"]), key=lambda row: row["speedup"][1])
-    texts = [
-        bench.caption(bench.subject, GREEDY, bench.counts(bench.data)) + ":",
-        methods_table(rows, greedy=True),
+    texts, data, panels = [], {}, []
+    for decoding in (GREEDY, SAMPLED):
+        contenders = bench.family(bench.data, decoding, bench.lookahead)
+        sampling = DECODINGS[decoding] if decoding != GREEDY else None
+        arguments = (bench.subject.model, draft, contenders[0], bench.new_tokens, bench.lookahead, sampling)
+        theirs, difference = peers.contenders(*arguments)
+        contenders += theirs
+        rows = figures(contenders, take_turns(contenders, bench.seed, f"peers, {decoding}"))
+        fastest = max((row for row in rows if row["tokens_per_pass"]), key=lambda row: row["speedup"][1])
+        others = max((row for row in rows if not row["tokens_per_pass"]), key=lambda row: row["speedup"][1])
+        data[decoding] = {"rows": rows, "largest_difference": difference}
+        texts += [
+            bench.caption(bench.subject, decoding, bench.counts(bench.data)) + ":",
+            methods_table(rows, decoding == GREEDY),
+            f"Fastest of ours: {label(fastest)}, {fastest['speedup'][1]:.2f}; of theirs: {label(others)}, "
+            f"{others['speedup'][1]:.2f}.",
+        ]
+        panels.append((decoding, speedups(rows)))
+    texts += [
         f"HF is transformers {peers.version()} with the same weights: its logits in float32 differ by at most "
-        f"{difference:.0e}. Ratios are against our plain decoding. Fastest of ours: {label(fastest)}, "
-        f"{fastest['speedup'][1]:.2f}; of theirs: {label(others)}, {others['speedup'][1]:.2f}. {bench.drafter()}",
+        f"{difference:.0e}. Ratios are against our plain decoding. {bench.drafter()}",
         forced_line(bench.subject, bench.forced(bench.subject, bench.data), bench.data),
     ]
-    picture = plots.intervals([(GREEDY, speedups(rows))], "speed-up over our plain decoding (median, quartiles)", 1.0)
-    return Report("\n\n".join(texts), {"rows": rows, "largest_difference": difference}, {"peers": picture})
+    picture = plots.intervals(panels, "speed-up over our plain decoding (median, quartiles)", 1.0)
+    return Report("\n\n".join(texts), data, {"peers": picture})
 
 
 EXPERIMENTS: dict[str, Callable[[Bench], Report]] = {

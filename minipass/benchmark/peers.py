@@ -80,12 +80,18 @@ class FirstToken:
 
 
 def contenders(
-    model: GPT, draft: GPT | None, plain: Contender, max_new_tokens: int, lookahead: Sequence[int]
+    model: GPT,
+    draft: GPT | None,
+    plain: Contender,
+    max_new_tokens: int,
+    lookahead: Sequence[int],
+    sampling: dict | None = None,
 ) -> tuple[list[Contender], float]:
     """`generate` plain, with the draft model as assistant, with prompt lookup; and the largest difference of logits.
 
     Assistant and lookup run with each number of drafts in `lookahead`, and as they are used without a thought: the
-    assistant with the library's own settings, lookup with PROMPT_LOOKUP.
+    assistant with the library's own settings, lookup with PROMPT_LOOKUP. sampling: temperature and top_k as here, None
+    is greedy.
     """
     import transformers
 
@@ -99,12 +105,14 @@ def contenders(
                 assistant.generation_config = transformers.GenerationConfig(pad_token_id=0, **settings)
             streamer, ids = FirstToken(model.device), torch.tensor([prompt], device=model.device)
             arguments = {"assistant_model": assistant} if assistant is not None else settings
+            torch.manual_seed(seed)  # it draws from the global generator
             began = now(model.device)
             out = theirs.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                do_sample=sampling is not None,
+                **(sampling or {}),
                 pad_token_id=0,
                 streamer=streamer,
                 **arguments,
