@@ -259,7 +259,7 @@ def test_the_same_seed_gives_the_same_text_without_escape_codes_in_a_pipe(call, 
     first, second, other = (call(sample, *settings, "--seed", seed) for seed in (1, 1, 2))
     assert first.out == second.out != other.out
     assert first.out.startswith(b"Hi")
-    assert b"\033" not in first.out
+    assert b"\033[" not in first.out  # the model may well write the escape character itself
     assert "tokens/pass" in first.err
 
 
