@@ -181,13 +181,13 @@ class _Run:
             return Verified(drafts, draft_probs, target_probs, *accepted)
         p = None if self.rule == "matching" else draft_probs
         kept, next_token = tree_accept(tree, drafts, p, target_probs, self.generator)
-        return Verified(drafts, draft_probs, target_probs, kept.sum(1) - 1, next_token, tree, kept)
+        rows = (~kept).long().argsort(dim=1, stable=True)
+        return Verified(drafts, draft_probs, target_probs, kept.sum(1) - 1, next_token, tree, kept, rows)
 
     def keep_path(self, verified: "Verified") -> torch.Tensor:
         """Keeps the root and the accepted drafts of a tree in the cache; returns the row of the last, (B,)."""
         if verified.kept is not None:  # of a chain the rows are where they belong
-            rows = (~verified.kept).long().argsort(dim=1, stable=True)  # (B, N + 1), the kept ones first, by depth
-            self.cache.gather(rows[:, : 1 + verified.tree.depth[-1]])
+            self.cache.gather(verified.rows[:, : 1 + verified.tree.depth[-1]])
         self.keep(1 + verified.n_accepted)
         return verified.last()
 
@@ -251,7 +251,10 @@ class _Run:
 
 
 class Verified(NamedTuple):
-    """Drafts with both their distributions, and what acceptance made of them; names and shapes as in Round."""
+    """Drafts with both their distributions, and what acceptance made of them; names and shapes as in Round.
+
+    rows: of a tree, its nodes with the kept ones, from the root on, in front: (B, N + 1).
+    """
 
     drafts: torch.Tensor
     draft_probs: torch.Tensor
@@ -260,16 +263,15 @@ class Verified(NamedTuple):
     next_token: torch.Tensor
     tree: DraftTree | None = None
     kept: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
     def path(self) -> torch.Tensor:
         """The drafts (B, k) with those that were kept, n_accepted of each row, in front."""
-        if self.kept is None:
-            return self.drafts
-        return self.drafts.gather(1, (~self.kept[:, 1:]).long().argsort(dim=1, stable=True))
+        return self.drafts if self.rows is None else self.drafts.gather(1, self.rows[:, 1:] - 1)
 
     def last(self) -> torch.Tensor:
         """The row of the last token that was kept, (B,): 0 is the root."""
-        return self.n_accepted if self.kept is None else self.kept.long().cumsum(1).argmax(1)
+        return self.n_accepted if self.rows is None else self.rows.gather(1, self.n_accepted[:, None]).squeeze(1)
 
 
 def _prefill(model: GPT, cache: KVCache, prompts: list[list[int]], extra_ids: torch.Tensor) -> torch.Tensor:
