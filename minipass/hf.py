@@ -91,20 +91,31 @@ def save_pretrained(model: GPT, folder: str | Path) -> None:
 
     Raises InputError when the folder or the disk does not take a file.
     """
-    folder, weights = Path(folder), {}
-    for name, value in model.state_dict().items():
-        if name != "lookahead":
-            weights[f"transformer.{name}"] = value.t() if name.endswith(TRANSPOSED) else value
-    config = COMPUTED | {theirs: getattr(model.config, ours) for ours, theirs in SIZES.items()}
+    folder = Path(folder)
+    config = COMPUTED | their_sizes(model)
     config |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)  # we train without dropout
     config |= dict.fromkeys(("bos_token_id", "eos_token_id"), model.config.vocab_size - 1)  # end of text is the last
     config["architectures"] = ["GPT2LMHeadModel"]
-    _write_tensors(folder / WEIGHTS, weights)
+    _write_tensors(folder / WEIGHTS, their_weights(model))
     if model.config.n_lookahead:
         save_table(model, folder / TABLE)
     else:
         (folder / TABLE).unlink(missing_ok=True)  # of another model that was here
     checkpoint.atomic_write(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def their_weights(model: GPT) -> dict[str, torch.Tensor]:
+    """The weights but for the look-ahead table, under GPT2LMHeadModel's names and in its shapes; the head is tied."""
+    return {
+        f"transformer.{name}": value.t() if name.endswith(TRANSPOSED) else value
+        for name, value in model.state_dict().items()
+        if name != "lookahead"
+    }
+
+
+def their_sizes(model: GPT) -> dict[str, int]:
+    """The sizes, as GPT2Config calls them."""
+    return {theirs: getattr(model.config, ours) for ours, theirs in SIZES.items()}
 
 
 def save_table(model: GPT, file: str | Path) -> None:

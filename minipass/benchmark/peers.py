@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from minipass import hf
 from minipass.benchmark.measuring import Contender, Sample, now
 from minipass.model import GPT
 
@@ -30,23 +31,9 @@ def as_gpt2(model: GPT):
     """The model as a GPT2LMHeadModel of its dtype, on its device, which never stops by itself."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = model.config
-    theirs = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.block_size,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            activation_function="gelu_new",  # the tanh form
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
-    weights = {f"transformer.{name}": value for name, value in model.state_dict().items() if name != "lookahead"}
-    for name in weights:
-        if name.startswith("transformer.h.") and name.endswith("weight") and ".ln_" not in name:
-            weights[name] = weights[name].T  # its Conv1D multiplies from the other side
+    sizes = hf.their_sizes(model)
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes, activation_function="gelu_new", bos_token_id=None, eos_token_id=None))
+    weights = hf.their_weights(model)
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
     theirs.load_state_dict(weights)
     return theirs.to(model.device, model.dtype).eval()
