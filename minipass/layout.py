@@ -10,6 +10,7 @@ cuts (PaSS, section 3; arXiv 2311.13581).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -109,6 +110,14 @@ class DraftTree:
         """Of the nodes 1..N: how many siblings stand before each."""
         return tuple(self.parents[:i].count(parent) for i, parent in enumerate(self.parents))
 
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """Of the nodes 0..N: their children, by rank."""
+        found: list[list[int]] = [[] for _ in self.depth]
+        for node, parent in enumerate(self.parents, 1):
+            found[parent].append(node)
+        return tuple(map(tuple, found))
+
     @property
     def width(self) -> int:
         """The most children of a node; 1 for a chain."""
@@ -161,6 +170,27 @@ def group_rows(drafts: DraftTree, n_lookahead: int, device: torch.device) -> tor
     first_row, lengths = np.where(lengths > 0, (first_row, lengths), ([first_row[0]], [lengths[0]]))
     rows = first_row[:, None] + np.minimum(np.arange(n_lookahead), lengths[:, None] - 1)
     return torch.from_numpy(rows).to(device)
+
+
+class NodeTensors(NamedTuple):
+    """A DraftTree's numbers on a device, int64. Of the nodes 1..N, (N,) each: parents; place, the look-ahead row that
+    drafts them, counted from 0; rank. depth: of the nodes 0..N. by_rank: which of the nodes 1..N, counted from 0, have
+    rank 0, 1, ..."""
+
+    parents: torch.Tensor
+    place: torch.Tensor
+    rank: torch.Tensor
+    depth: torch.Tensor
+    by_rank: tuple[torch.Tensor, ...]
+
+
+@lru_cache(maxsize=256)
+def node_tensors(drafts: DraftTree, device: torch.device) -> NodeTensors:
+    """Made once, since a round must bring nothing from the host."""
+    by_rank = [[i for i, other in enumerate(drafts.rank) if other == rank] for rank in range(drafts.width)]
+    numbers = (drafts.parents, [depth - 1 for depth in drafts.depth[1:]], drafts.rank, drafts.depth, *by_rank)
+    tensors = [torch.tensor(each, dtype=torch.int64, device=device) for each in numbers]
+    return NodeTensors(*tensors[:4], by_rank=tuple(tensors[4:]))
 
 
 @lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ import math
 import torch
 
 from minipass.errors import InputError
-from minipass.layout import DraftTree, ancestors
+from minipass.layout import DraftTree, ancestors, node_tensors
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -128,11 +128,10 @@ def tree_accept(
     Returns kept (B, N + 1) bool, the nodes of the path (the root always is), and next_token (B,), drawn behind its end.
     """
     device, n_nodes = draft_tokens.device, 1 + len(drafts.parents)
-    parents = torch.tensor(drafts.parents, device=device, dtype=torch.int64)  # (N,)
     fits = torch.ones(len(draft_tokens), n_nodes, dtype=torch.bool, device=device)  # a node, if its parent is kept
     if draft_probs is None:
         drawn = draw(target_probs, generator)  # (B, N + 1)
-        fits[:, 1:] = draft_tokens == drawn[:, parents]
+        fits[:, 1:] = draft_tokens == drawn[:, node_tensors(drafts, device).parents]
     else:
         fits[:, 1:], residual = _recursive_rejection(drafts, draft_tokens, draft_probs, target_probs, generator)
 
@@ -146,15 +145,16 @@ def _recursive_rejection(drafts, draft_tokens, draft_probs, target_probs, genera
     """Tests the children of all nodes side by side, rank by rank: which node stands the test at its parent, (B, N), and
     behind each node the distribution (B, N + 1, V), not normalised, of a token when none of its children does."""
     device = draft_tokens.device
-    parents = torch.tensor(drafts.parents, device=device, dtype=torch.int64)
+    nodes_of = node_tensors(drafts, device)
     fits = torch.zeros_like(draft_tokens, dtype=torch.bool)
     taken = torch.zeros(target_probs.shape[:2], dtype=torch.bool, device=device)  # nodes that have a fitting child
     q = target_probs.clone()  # (B, N + 1, V), becomes the residual as the children of a node are rejected
-    p = torch.nn.functional.pad(draft_probs, (0, 0, 0, 1))[:, drafts.depth]  # of each node's children, the deepest none
+    p = torch.nn.functional.pad(draft_probs, (0, 0, 0, 1))[
+        :, nodes_of.depth
+    ]  # of each node's children, the deepest none
     q_sum, p_sum = torch.ones_like(q[..., :1]), torch.ones_like(q[..., :1])
-    for rank in range(drafts.width):
-        nodes = [i for i, other in enumerate(drafts.rank) if other == rank]  # counted without the root
-        behind, tokens = parents[nodes], draft_tokens[:, nodes]  # (n,), (B, n): no two with the same parent
+    for nodes in nodes_of.by_rank:  # counted without the root
+        behind, tokens = nodes_of.parents[nodes], draft_tokens[:, nodes]  # (n,), (B, n): no two with the same parent
         q_here, p_here = q[:, behind] / q_sum[:, behind], p[:, behind] / p_sum[:, behind]
         p_of_draft = p_here.gather(2, tokens[..., None]).squeeze(2)
         q_of_draft = q_here.gather(2, tokens[..., None]).squeeze(2)

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from minipass.generate import Round, stream
-from minipass.layout import DraftTree
+from minipass.layout import DraftTree, chain
 from minipass.model import GPT
 
 Hits = Sequence[Sequence[float]]  # (L, K): how often the draft of each rank is right at each depth, losses.evaluate's
 MOST_AUTO_LOOKAHEAD = 5  # deeper trees are not worth the time to try them
 SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)  # of the hits, for which an AdaptiveTree keeps a tree ready
+PRIOR_TESTS, FORGET = 6.0, 0.95  # what was seen weighs less from one choice to the next
+FIRST_CHOICE, MOST_ROUNDS_BETWEEN = 4, 32  # rounds until an AdaptiveTree chooses, doubled up to the latter
 MOST_HITS = 0.97  # of all ranks of a place together, at the largest scale
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # drafts of the trees to choose from
 
@@ -127,26 +129,66 @@ def round_seconds(model: GPT, hits: Hits, n_rounds: int = 12, **sampling: Any) -
 class AdaptiveTree:
     """Goes over, while a text is written, to the tree that is fastest for how often its drafts were kept so far.
 
-    hits: as measured beforehand; seconds: of a round by rows. The choice depends on past rounds alone, so that the
-    text keeps the target's distribution. A text on which drafts do badly soon has few of them.
+    hits: as measured beforehand; seconds: of a round by rows. The choice, from a few trees, depends on past rounds
+    alone, so that the text keeps the target's distribution. What was learned from one text serves the next one.
     """
 
     def __init__(self, hits: Hits, seconds: Callable[[int], float]):
-        self.hits = hits
-        self.trees = [fastest_tree(scaled(hits, scale), seconds) for scale in SCALES]
-        self.kept = self.expected = 8.0  # the weight of what was measured beforehand, in drafts kept
-        self.tree = self.trees[SCALES.index(1.0)]
+        fastest = [fastest_tree(scaled(hits, scale), seconds) for scale in SCALES]
+        self.trees = list(dict.fromkeys([*fastest, *(chain(n) for n in range(1, 1 + len(hits)))]))
+        self.seconds = [seconds(n_rows(tree)) for tree in self.trees]
+        self.tree = fastest[SCALES.index(1.0)]
+        # Of each depth and rank: how often it was tested, its better siblings having failed, and how often kept. What
+        # was measured beforehand counts as PRIOR_TESTS tests.
+        hits = np.array(hits, dtype=float)
+        missed = 1 - hits.cumsum(1) + hits  # by all better siblings
+        self.tested = np.full_like(hits, PRIOR_TESTS)
+        self.kept = PRIOR_TESTS * np.clip(hits / np.maximum(missed, 1e-9), 0, 1)
+        self.n_rounds, self.next_choice = 0, FIRST_CHOICE
+        self.available: list[int] = []  # look-ahead tokens behind the last kept node of each text
 
     def add(self, record: Round) -> None:
         """Takes a round into account; `tree` is then the next round's."""
-        if record.tree is not None:
-            n_active = sum(record.active)
-            firsts = sum(depth == 1 for depth in record.tree.depth)
-            self.kept += sum(n > 0 for n in record.n_accepted) / n_active
-            self.expected += sum(self.hits[0][:firsts])
-            self.kept, self.expected = 0.97 * self.kept, 0.97 * self.expected  # forgets the rounds long past
-        ratio = self.kept / self.expected
-        self.tree = self.trees[min(range(len(SCALES)), key=lambda i: abs(SCALES[i] - ratio))]
+        tree = record.tree
+        if tree is None:
+            self.available = []  # a new text: prefill has all look-ahead tokens
+            return
+        if record.kept is None:  # a chain
+            kept = [[i <= n for i in range(len(tree.depth))] for n in record.n_accepted]
+        else:
+            kept = record.kept.tolist()
+        if tree == self.tree.cut(tree.depth[-1]):  # else its drafts were not those of look-ahead tokens alone
+            for b in range(len(record.tokens)):
+                if record.active[b]:
+                    self._count(tree, record.n_tested[b], kept[b], b)
+        lengths = tree.lengths(max(tree.depth[-1], 1))
+        self.available = [lengths[max(i for i, kept in enumerate(own) if kept)] for own in kept]
+        self.n_rounds += 1
+        if self.n_rounds >= self.next_choice:
+            self.next_choice += min(self.n_rounds, MOST_ROUNDS_BETWEEN)
+            self._choose()
+
+    def _count(self, tree: DraftTree, n_tested: int, kept: list[bool], b: int) -> None:
+        depth_available = min(self.available[b] if self.available else n_tested, n_tested)
+        node = 0
+        while tree.depth[node] < depth_available:
+            depth, parent = tree.depth[node], node
+            for child in tree.children[parent]:
+                self.tested[depth, tree.rank[child - 1]] += 1
+                if kept[child]:
+                    self.kept[depth, tree.rank[child - 1]] += 1
+                    node = child
+                    break
+            if node == parent:
+                break
+
+    def _choose(self) -> None:
+        conditional = self.kept / self.tested
+        missed = np.cumprod(1 - conditional, axis=1) / np.maximum(1 - conditional, 1e-9)
+        hits = (conditional * missed).tolist()
+        rates = [expected_tokens(tree, hits) / seconds for tree, seconds in zip(self.trees, self.seconds, strict=True)]
+        self.tree = self.trees[int(np.argmax(rates))]
+        self.kept, self.tested = FORGET * self.kept, FORGET * self.tested
 
 
 def scaled(hits: Hits, scale: float) -> Hits:

@@ -15,10 +15,10 @@ from minipass import course
 from minipass.course import test_exercises as graders
 from minipass.course.grading import EXERCISES, placeholder
 from minipass.errors import InputError
-from minipass.generate import _fused, _two_pass
 from minipass.layout import lookahead_ids, tree, with_groups
 from minipass.losses import lookahead_loss, rows_after_cuts
 from minipass.model import KVCache
+from minipass.rounds import draft_pass, fused_round, two_pass, verify_pass
 from minipass.sampling import probabilities, speculative_accept
 
 ROOT = Path(__file__).parents[1]
@@ -188,14 +188,13 @@ MISTAKES = {
         "rows[:, first_row[:1]] = anchors[:, :1]",
     ),
     "ids from vocab_size + 1": (4, lookahead_ids, "vocab_size + torch", "vocab_size + 1 + torch"),
-    "rejected drafts kept in the cache": (6, _two_pass, "run.keep(1 + verified.n_accepted)", "run.keep(1 + n_drafts)"),
-    "look-ahead row kept": (6, _two_pass, "run.keep(1)", "run.keep(2)"),
-    "free token forgotten": (6, _two_pass, "run.emit(free=free, verified=verified)", "run.emit(verified=verified)"),
-    "drafts greedy, p not": (6, _two_pass, "drafts = run.draw(draft_probs)", "drafts = draft_probs.argmax(-1)"),
-    "root not kept": (
-        7, _fused, "last = run.keep_path(verified)", "last = verified.n_accepted; run.keep(verified.n_accepted)",
-    ),
-    "always the first group": (7, _fused, "n_lookahead, device)[last]", "n_lookahead, device)[last * 0]"),
+    "look-ahead row kept": (6, draft_pass, "decoder.keep(1)", "decoder.keep(2)"),
+    "drafts greedy, p not": (6, verify_pass, "drafts = decoder.draw(draft_probs)", "drafts = draft_probs.argmax(-1)"),
+    "free token not verified": (6, verify_pass, "torch.cat([free[:, None], drafts]", "torch.cat([drafts, drafts[:, :1]]"),
+    "free token forgotten": (6, two_pass, "run.emit(free=free, verified=verified)", "run.emit(verified=verified)"),
+    "next draft pass behind the free token": (6, two_pass, "stand_ins, verified.next_token", "stand_ins, free"),
+    "targets of the rows behind": (7, fused_round, "logits[:, :n_rows]", "logits[:, 1 : 1 + n_rows]"),
+    "always the first group": (7, fused_round, "[verified.last]", "[verified.last * 0]"),
     "cut itself": (8, rows_after_cuts, "[..., None] + 1 +", "[..., None] +"),
     "KL the wrong way": (8, lookahead_loss, "(log_q.exp() * (log_q - log_p))", "(log_p.exp() * (log_p - log_q))"),
     "target not detached": (8, lookahead_loss, "text_logits.detach()", "text_logits"),

@@ -7,20 +7,27 @@ import pytest
 import torch
 from conftest import chi_square_p_value, random_model, sequence_probabilities
 
-import minipass.generate
+import minipass.rounds
 from minipass.errors import InputError
 from minipass.generate import ACCEPTED, BONUS, CORRECTED, FREE, METHODS, RULES, generate, stream
 from minipass.layout import DraftTree
+from minipass.rounds import TARGET
 from minipass.sampling import draw, probabilities, speculative_accept
 
 TREE = DraftTree((0, 0, 0, 1, 1, 2, 4))  # three drafts for the next token, two and one behind, one more behind one
 WAYS = {method: {"method": method} for method in METHODS if method != "pass-tree"} | {
     f"pass-tree {rule}": {"method": "pass-tree", "tree": TREE, "rule": rule} for rule in RULES
 }
+WAYS |= {f"{method} copying": {"method": method, "prompt_lookup": 3} for method in ("pass", "pass-tree")}
 CHAINS = [method for method in METHODS if method != "pass-tree"]  # the records of trees: test_tree.py
 DRAFTING = [way for way in WAYS if way != "autoregressive"]
 SAMPLING = [{"temperature": 1.0}, {"temperature": 0.8, "top_k": 3}, {"temperature": 1.3, "top_p": 0.8}]
 N_SAMPLES = 12_000
+
+
+def n_passes(record) -> int:
+    """Of the target."""
+    return [which for which, _ in record.passes].count(TARGET)
 
 
 def plain_greedy(model, prompt: list[int], max_new_tokens: int, stop_token: int | None) -> list[int]:
@@ -77,7 +84,8 @@ def test_text_goes_on_past_the_window_and_never_has_more_than_max_new_tokens(met
 
 
 @pytest.mark.parametrize(
-    "method", ["pass", "pass-two-pass", "fixed-token", "pass-tree matching", "pass-tree recursive"]
+    "method",
+    [way for way in WAYS if not way.startswith("speculative")],
 )
 def test_pass_never_needs_more_passes_than_plain_decoding(method, lively_model):
     rng = random.Random(0)
@@ -97,14 +105,12 @@ def test_greedy_texts_go_on_changing_so_that_equality_means_something(lively_mod
     assert len(set(map(tuple, texts))) == len(prompts)
 
 
-@pytest.mark.parametrize(
-    "method", ["pass", "pass-two-pass", "speculative", "pass-tree matching", "pass-tree recursive"]
-)
+@pytest.mark.parametrize("method", [way for way in DRAFTING if way != "fixed-token"])
 def test_greedy_texts_have_drafts_that_are_kept_and_drafts_that_are_not(method, lively_model, lively_draft):
     rng = random.Random(0)
     prompts = [[rng.randrange(11) for _ in range(rng.randint(1, 10))] for _ in range(20)]
     result = generate(lively_model, prompts, 20, **WAYS[method], draft_model=lively_draft)
-    assert 0.1 < sum(result.accepted) / sum(result.tested) < 0.9
+    assert 0.05 < sum(result.accepted) / sum(result.tested) < 0.9
 
 
 # Temperature above 0: the distribution of whole texts, against exact enumeration.
@@ -191,7 +197,7 @@ def without_bonus(draft_tokens, draft_probs, target_probs, generator=None):
 @pytest.mark.parametrize("bug", [without_residual, without_bonus])
 @pytest.mark.parametrize("method", ["pass", "pass-two-pass", "speculative"])
 def test_a_broken_acceptance_sampler_is_caught(method, bug, tiny, tiny_draft, monkeypatch):
-    monkeypatch.setattr(minipass.generate, "speculative_accept", bug)
+    monkeypatch.setattr(minipass.rounds, "speculative_accept", bug)
     settings = {**WAYS[method], "lookahead": 1, "draft_model": tiny_draft, "temperature": 1.0}
     p_value = sampled_p_value(tiny, [[1, 2, 3]], 4, 0, **settings)
     assert p_value < 1e-6
@@ -214,8 +220,8 @@ def test_top_k_on_one_side_of_the_ratio_only_is_caught(method, side, tiny, monke
             target_probs = without_top_k[target_probs.data_ptr()]
         return speculative_accept(draft_tokens, draft_probs, target_probs, generator)
 
-    monkeypatch.setattr(minipass.generate, "probabilities", probabilities_twice)
-    monkeypatch.setattr(minipass.generate, "speculative_accept", accept_with_one_side_untruncated)
+    monkeypatch.setattr(minipass.rounds, "probabilities", probabilities_twice)
+    monkeypatch.setattr(minipass.rounds, "speculative_accept", accept_with_one_side_untruncated)
     assert sampled_p_value(tiny, [[1, 2, 3]], 4, 0, **WAYS[method], lookahead=3, temperature=0.8, top_k=2) < 1e-6
 
 
@@ -248,7 +254,7 @@ def test_records_tell_what_was_drafted_and_what_became_of_it(method, model, draf
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", CHAINS[1:])
+@pytest.mark.parametrize("method", [method for method in CHAINS[1:] if method != "prompt-lookup"])
 def test_recorded_distributions_are_what_the_models_say_of_the_text_so_far(method, lively_model, lively_draft):
     """Exactness holds for any p, so only this test sees drafts that come from the wrong look-ahead rows."""
     sampling = {"temperature": 0.9, "top_k": 6}
@@ -310,8 +316,8 @@ def test_a_generation_is_the_sum_of_its_records(method, lively_model, lively_dra
     result = generate(lively_model, prompts, 20, generator=torch.Generator().manual_seed(1), **settings)
     assert result.tokens == [[token for record in records for token in record.tokens[b]] for b in range(3)]
     assert result.rounds == len(records)
-    assert result.passes == sum(record.passes for record in records)
-    assert result.prompt_passes == sum(record.passes for record in records for active in record.active if active)
+    assert result.passes == sum(map(n_passes, records))
+    assert result.prompt_passes == sum(n_passes(record) * sum(record.active) for record in records)
     n_drafts = sum(record.drafts.shape[1] for record in records if record.drafts is not None)
     assert result.draft_passes == (n_drafts if method == "speculative" else 0)
     for counts, name in ((result.tested, "n_tested"), (result.accepted, "n_accepted")):
@@ -332,10 +338,10 @@ def test_tokens_per_pass_follow_from_the_counts(model):
     plain = generate(model, [1, 2, 3], 20, method="autoregressive")
     assert (plain.passes, plain.tokens_per_pass, plain.acceptance) == (20, 1.0, [])
     records = list(stream(model, [1, 2, 3], 20, method="pass-two-pass", lookahead=2))
-    assert all(record.passes == 2 for record in records[:-1])
+    assert all(n_passes(record) == 2 for record in records[:-1])
     assert all(len(record.tokens[0]) == 2 + record.n_accepted[0] for record in records[:-1])
     records = list(stream(model, [1, 2, 3], 20, method="pass", lookahead=2))
-    assert all(record.passes == 1 for record in records)
+    assert all(n_passes(record) == 1 for record in records)
     assert all(len(record.tokens[0]) == 1 + record.n_accepted[0] for record in records[:-1])
 
 
@@ -362,6 +368,9 @@ def test_tokens_per_pass_follow_from_the_counts(model):
         ([1], {"top_p": float("nan")}),
         ([1], {"method": "speculative"}),
         ([1], {"method": "fixed-token", "fixed_token": 11}),
+        ([1], {"prompt_lookup": -1}),
+        ([1], {"method": "pass-two-pass", "prompt_lookup": 3}),
+        ([1], {"captures": {}}),  # on a CPU
     ],
 )
 def test_bad_input_is_an_input_error(prompt, settings, model):

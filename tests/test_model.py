@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minipass.errors import InputError
-from minipass.generate import _prefill
+from minipass.rounds import prefill
 from minipass.layout import chain, draft_layout, fused_layout, lookahead_ids, path, path_layout, with_groups
 from minipass.model import GPT, GPTConfig, KVCache
 
@@ -62,7 +62,7 @@ def test_ragged_prefill_gives_each_prompt_what_it_gets_alone_and_plain_decoding_
     cache = KVCache(model.config, len(texts), 60, dtype=torch.float64)
     cache.keys.fill_(1e4)
     cache.values.fill_(-1e4)
-    logits = _prefill(model, cache, [text.tolist() for text in texts], la)
+    logits = prefill(model, cache, [text.tolist() for text in texts], la)
     assert cache.length.tolist() == LENGTHS, "neither padding nor look-ahead rows are kept"
     after = model(torch.tensor([[5]] * len(texts)), path_layout(1, CPU), cache)
     for b, text in enumerate(texts):

@@ -9,6 +9,7 @@ from conftest import chi_square_p_value, random_model, sequence_probabilities
 
 from minipass.generate import RULES, Generation, Round, generate, stream
 from minipass.layout import DraftTree, chain
+from minipass.rounds import copied_chain
 from minipass.shapes import (
     SIZES,
     AdaptiveTree,
@@ -145,13 +146,52 @@ def test_a_tree_that_adapts_leaves_the_distribution_as_it_is(rule):
 
 def test_drafts_that_are_not_kept_make_the_tree_smaller_and_kept_ones_larger():
     sizes = {}
-    for kept in (0, 1):
+    for right in (False, True):
         adaptive = AdaptiveTree(HITS, cost)
         start = n_rows(adaptive.tree)
         for _ in range(50):
-            adaptive.add(Round([[1]], [[]], [1], [kept], [True], 1, tree=adaptive.tree))
-        sizes[kept] = n_rows(adaptive.tree)
-    assert sizes[0] < start < sizes[1]
+            tree, kept = adaptive.tree, [True]
+            for parent, rank in zip(tree.parents, tree.rank, strict=True):
+                kept.append(right and kept[parent] and rank == 0)
+            n = sum(kept) - 1
+            deepest = tree.depth[-1]
+            adaptive.add(Round([[1]], [[]], [deepest], [n], [True], ((0, 1),), tree=tree, kept=torch.tensor([kept])))
+        sizes[right] = n_rows(adaptive.tree)
+    assert sizes[False] < start < sizes[True]
+
+
+def test_hits_are_learned_by_depth_and_rank_from_what_was_tested():
+    """A text whose first drafts are always right at depth 1 and never at depth 2 wants chains of one."""
+    adaptive = AdaptiveTree(HITS, cost)
+    for _ in range(200):
+        tree = adaptive.tree
+        kept = torch.zeros(1, len(tree.depth), dtype=torch.bool)
+        kept[0, :2] = True  # the root and its first child
+        depth = tree.depth[-1]
+        adaptive.add(Round([[1, 1]], [[]], [depth], [1], [True], ((0, 1),), tree=tree, kept=kept))
+    assert adaptive.tree == chain(1)
+    conditional = adaptive.kept / adaptive.tested
+    assert conditional[0, 0] > 0.9
+    assert conditional[0, 1] == pytest.approx(0.2 / 0.5), "never tested, since the first was right"
+
+
+def test_what_was_never_tested_for_want_of_look_ahead_tokens_is_not_counted():
+    tree = DraftTree((0, 1, 2), groups=(3, 1, 1, 1))
+    adaptive = AdaptiveTree(HITS, cost)
+    adaptive.tree, adaptive.next_choice = tree, 10**9
+    before = adaptive.tested.copy()
+    kept = torch.tensor([[True, True, False, False]])
+    for _ in range(2):  # behind node 1 there is one look-ahead token, so that the second round tests one draft
+        adaptive.add(Round([[1, 1]], [[]], [3], [1], [True], ((0, 1),), tree=tree, kept=kept))
+    assert (adaptive.tested - before).sum(1).tolist() == [2, 1, 0]
+
+
+def test_drafts_that_were_copied_from_the_text_teach_nothing_about_look_ahead_tokens():
+    adaptive, copied = AdaptiveTree(HITS, cost), copied_chain(6, 2)
+    before = adaptive.tested.copy()
+    adaptive.add(Round([[1]], [[]], [6], [0], [True], ((0, 1),), tree=copied))
+    assert (adaptive.tested == before).all()
+    assert adaptive.available == [2]
 
 
 def test_the_time_of_a_round_is_measured_for_any_number_of_rows():

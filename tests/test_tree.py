@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import chi_square_p_value, random_model, sequence_probabilities
 
-import minipass.generate
+import minipass.rounds
 import minipass.sampling
 from minipass.generate import ACCEPTED, BONUS, CORRECTED, RULES, generate, stream
 from minipass.layout import DraftTree, Layout, ancestors, chain, fused_layout, group_rows
@@ -153,14 +153,14 @@ def test_greedy_equality_catches_a_wrong_mask_and_a_wrong_gather(rule, bug, live
     plain = generate(lively_model, prompts, 30, method="autoregressive").tokens
     assert generate(lively_model, prompts, 30, **settings).tokens == plain
     if bug.startswith("siblings"):
-        monkeypatch.setattr(minipass.generate, "fused_layout", siblings_see_each_other)
+        monkeypatch.setattr(minipass.rounds, "fused_layout", siblings_see_each_other)
     else:
         monkeypatch.setattr(KVCache, "gather", lambda cache, rows: None)
     assert generate(lively_model, prompts, 30, **settings).tokens != plain
 
 
 def test_candidates_that_are_not_tested_in_the_order_they_were_drawn_are_caught(tiny, monkeypatch):
-    monkeypatch.setattr(minipass.generate, "draw_candidates", lambda *args: draw_candidates(*args).flip(-1))
+    monkeypatch.setattr(minipass.rounds, "draw_candidates", lambda *args: draw_candidates(*args).flip(-1))
     assert tree_p_value(tiny, "recursive") < 1e-6
 
 

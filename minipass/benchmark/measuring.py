@@ -70,22 +70,16 @@ def ours(
     def run(prompt: list[int], seed: int) -> Sample:
         generator, counts = torch.Generator(model.device).manual_seed(seed), Generation()
         passes: list[tuple[int, int]] = []
-        hooks = [
-            each.register_forward_pre_hook(lambda _, args, which=which: passes.append((which, args[0].shape[1])))
-            for which, each in enumerate(models)
-        ]
-        try:
-            began = now(model.device)
-            for record in stream(model, prompt, max_new_tokens, generator=generator, **settings):
-                counts.add(record)
-                if counts.rounds == 1:
-                    n_first, n_passes, first = len(counts.tokens[0]), len(passes), now(model.device)
-            ended = now(model.device)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        began = now(model.device)
+        for record in stream(model, prompt, max_new_tokens, generator=generator, **settings):
+            counts.add(record)
+            if counts.rounds == 1:
+                n_first, first = len(counts.tokens[0]), now(model.device)
+            else:
+                passes += record.passes
+        ended = now(model.device)
         tokens = counts.tokens[0]
-        return Sample(tokens, first - began, len(tokens) - n_first, ended - first, counts, passes[n_passes:])
+        return Sample(tokens, first - began, len(tokens) - n_first, ended - first, counts, passes)
 
     return Contender(name, prompts, run, settings.get("lookahead"), baseline, models)
 

@@ -24,8 +24,10 @@ EXERCISES = {
     3: Exercise("The cache", 8, (), (("model.py", "KVCache.mask"), ("model.py", "KVCache.store"))),
     4: Exercise("Look-ahead rows", 10, (2,), (("layout.py", "with_groups"), ("layout.py", "lookahead_ids"))),
     5: Exercise("Acceptance", 12, (), (("sampling.py", "speculative_accept"),)),
-    6: Exercise("Algorithm 1", 14, (1, 2, 3, 4, 5), (("generate.py", "_two_pass"),)),
-    7: Exercise("The fused round", 16, (1, 2, 3, 4, 5), (("generate.py", "_fused"),)),
+    6: Exercise(
+        "Algorithm 1", 14, (1, 2, 3, 4, 5), tuple(("rounds.py", f) for f in ("draft_pass", "verify_pass", "two_pass"))
+    ),
+    7: Exercise("The fused round", 16, (1, 2, 3, 4, 5), (("rounds.py", "fused_round"),)),
     8: Exercise("The look-ahead loss", 10, (2, 4), (("losses.py", "rows_after_cuts"), ("losses.py", "lookahead_loss"))),
 }
 PACKAGE = Path(__file__).parents[1] / "minipass"  # of the handout

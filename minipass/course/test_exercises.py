@@ -379,12 +379,12 @@ def grade_counts(method: str, passes_each: int, n_free: int) -> None:
     finally:
         hook.remove()
     assert len(calls) <= passes_each * len(rounds), f"a round should need {passes_each} pass(es) of the model"
-    assert sum(record.passes for record in rounds) == len(calls), "each pass should go through run.forward"
+    assert sum(len(record.passes) for record in rounds) == len(calls), "each pass should go through decoder.forward"
     for record in [record for record in rounds if record.drafts is not None][:-1]:
         n_drafts, n_accepted = record.drafts.shape[1], record.n_accepted[0]
         last = BONUS if n_accepted == n_drafts else CORRECTED
         assert record.origins[0] == [FREE] * n_free + [ACCEPTED] * n_accepted + [last], (
-            f"a round should emit {n_free} free tokens, those kept, and one more: hand all of it to run.emit"
+            f"a round should emit {n_free} free tokens, those kept, and one more: what was kept, and what is emitted?"
         )
     kept = {record.n_accepted[0] for record in rounds if record.drafts is not None}
     assert len(kept) > 1, "of these drafts some should be kept and some not"

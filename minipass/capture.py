@@ -1,0 +1,54 @@
+"""CUDA graphs: what a round computes is recorded once and then replayed, without Python and without launches.
+
+On a GPU a small model's pass takes less time than it takes the host to launch it. Plain decoding and every method of
+PaSS are captured by this one class, so that comparisons stay fair.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+WARM_UPS = 2  # runs before a recording: libraries choose their kernels, and tables of indices come into being
+
+
+class Graph:
+    """A function of tensors as a CUDA graph. What it returns stays in the same memory, replay after replay.
+
+    function: must not wait for the device, nor bring anything from the host. state: tensors that it changes in place,
+    put back as they were after it has run to be recorded; generator: of its random numbers, likewise.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        inputs: Sequence[torch.Tensor],
+        state: Sequence[torch.Tensor],
+        generator: torch.Generator,
+    ) -> None:
+        self.inputs = [each.clone() for each in inputs]
+        before, random_before = [each.clone() for each in state], generator.get_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                function(*self.inputs)
+                for each, value in zip(state, before, strict=True):
+                    each.copy_(value)
+        torch.cuda.current_stream().wait_stream(stream)
+        generator.set_state(random_before)
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(generator)
+        with torch.cuda.graph(self.graph):
+            self.outputs = function(*self.inputs)
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+def available(device: torch.device) -> bool:
+    """Whether graphs can be recorded there."""
+    return device.type == "cuda"

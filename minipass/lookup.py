@@ -1,0 +1,39 @@
+"""Prompt lookup: drafts that are copied from the text itself, from where its last tokens stood before.
+
+Any draft is exact, wherever it comes from: with all of p on it, it is kept with probability q(d). Text that repeats
+itself, code above all, is copied in long runs; where it does not, the look-ahead tokens draft as ever.
+"""
+
+from collections.abc import Sequence
+
+NGRAMS = (3, 2, 1)  # lengths of what must have stood there before: the longest that is found decides
+
+
+class PromptLookup:
+    """An index of one text's n-grams, each with what followed it last."""
+
+    def __init__(self, text: Sequence[int]) -> None:
+        self.text: list[int] = []
+        self.follows: dict[tuple[int, ...], int] = {}  # where in the text that is
+        self.extend(text)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """The text goes on."""
+        for token in tokens:
+            for n in NGRAMS:
+                self.follows[tuple(self.text[-n:])] = len(self.text)
+            self.text.append(token)
+
+    def drafts(self, n_drafts: int) -> list[int]:
+        """The n_drafts tokens that followed the text's last ones; none when these were never there before.
+
+        Where the copy reaches the text's end it goes on with its own beginning, as a loop does.
+        """
+        for n in NGRAMS:
+            start = self.follows.get(tuple(self.text[-n:]))
+            if start is not None:
+                copied = list(self.text)
+                for i in range(n_drafts):
+                    copied.append(copied[start + i])
+                return copied[len(self.text) :]
+        return []

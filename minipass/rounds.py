@@ -1,0 +1,497 @@
+"""The rounds of every decoding method: draft, verify, accept, keep in the cache, emit.
+
+What a round computes stands in functions of a Decoder and of tensors (`fused_round`, `draft_pass`, ...): all their
+indices are tensors, and none of them waits for the device, so that a CUDA graph can replay them (capture.py). Each
+method is then a short loop (`autoregressive`, `two_pass`, `fused`, `speculative`), which yields a Round at a time. The
+invariant between rounds: the cache holds the keys and values of all emitted tokens but the last, the root.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minipass import capture
+from minipass.layout import (
+    DraftTree,
+    Layout,
+    chain,
+    draft_layout,
+    fused_layout,
+    group_rows,
+    lookahead_ids,
+    node_tensors,
+    path,
+    path_layout,
+    with_groups,
+)
+from minipass.lookup import PromptLookup
+from minipass.model import GPT, KVCache
+from minipass.sampling import draw, draw_candidates, probabilities, speculative_accept, tree_accept
+
+FREE, ACCEPTED, CORRECTED, BONUS = "free", "accepted", "corrected", "bonus"
+TARGET, DRAFTER = 0, 1  # the models of a pass
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round did, for each of the B prompts.
+
+    tokens: the emitted tokens; origins: for each of them FREE (drawn from a target that no draft was tested against),
+    ACCEPTED (a kept draft), CORRECTED (from the residual after a rejection) or BONUS (all drafts were kept).
+    n_tested, n_accepted: drafts in a row that could have been emitted, and those that were (within the text's end).
+    active: whether a prompt was still being continued when the round began.
+    passes: (model, rows) of each forward pass, where the model is TARGET or DRAFTER.
+    drafts (B, k) int64, draft_probs (B, D, V) and target_probs (B, k + 1, V): what was tested, None when nothing was;
+    a chain of D = k drafts, or a tree of k nodes and depth D.
+    tree: of a fused round, how the drafts hang together; kept: which nodes are on the path that was kept, (B, k + 1)
+    bool, None where that is said by n_accepted.
+    """
+
+    tokens: list[list[int]]
+    origins: list[list[str]]
+    n_tested: list[int]
+    n_accepted: list[int]
+    active: list[bool]
+    passes: tuple[tuple[int, int], ...]
+    drafts: torch.Tensor | None = None
+    draft_probs: torch.Tensor | None = None
+    target_probs: torch.Tensor | None = None
+    tree: DraftTree | None = None
+    kept: torch.Tensor | None = None
+
+
+class Verified(NamedTuple):
+    """Drafts with both their distributions, and what acceptance made of them; names and shapes as in Round.
+
+    n_accepted (B,); last (B,), the row of the last token that was kept, 0 is the root; next_token (B,), the next root.
+    path: (B, k), the drafts with those that were kept, n_accepted of each row, in front.
+    """
+
+    drafts: torch.Tensor
+    draft_probs: torch.Tensor
+    target_probs: torch.Tensor
+    n_accepted: torch.Tensor
+    last: torch.Tensor
+    next_token: torch.Tensor
+    path: torch.Tensor
+    tree: DraftTree | None = None
+    kept: torch.Tensor | None = None
+
+
+class Decoder:
+    """What the rounds of a generation work with on the device: a model or two, their caches, how tokens are drawn.
+
+    With graphs (None: without), `run` replays each function of tensors as a CUDA graph; the graphs live as long as the
+    decoder, which serves one generation after another.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        batch_size: int,
+        max_len: int,
+        *,
+        rule: str,
+        sampling: dict,
+        generator: torch.Generator | None = None,
+        draft_model: GPT | None = None,
+        graphs: dict | None = None,
+    ) -> None:
+        self.model, self.draft_model, self.batch_size = model, draft_model, batch_size
+        self.rule, self.sampling, self.generator, self.graphs = rule, sampling, generator, graphs
+        self.device = model.device
+        self.cache, self.draft_cache = (
+            KVCache(each.config, batch_size, max_len, device=each.device, dtype=each.dtype) if each else None
+            for each in (model, draft_model)
+        )
+        self.batch = self.cache.batch
+        self.going_on = torch.ones(batch_size, dtype=torch.bool, device=self.device)
+        self.passes: list[tuple[int, int]] = []  # since a round was last recorded
+
+    def run(self, function: Callable, *arguments: Any) -> Any:
+        """function(self, *arguments); with graphs recorded when it is first called with arguments of these shapes."""
+        if self.graphs is None:
+            return function(self, *arguments)
+        tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
+        key = (function, *(each.shape if isinstance(each, torch.Tensor) else each for each in arguments))
+        before = self.passes
+        if key not in self.graphs:
+
+            def of_tensors(*values: torch.Tensor) -> Any:
+                self.passes, left = [], iter(values)
+                return function(self, *(next(left) if isinstance(each, torch.Tensor) else each for each in arguments))
+
+            lengths = [cache.length for cache in (self.cache, self.draft_cache) if cache]
+            self.graphs[key] = capture.Graph(of_tensors, tensors, lengths, self.generator), self.passes
+        graph, passes = self.graphs[key]
+        self.passes = before + passes
+        return graph(*tensors)
+
+    def forward(self, ids: torch.Tensor, layout: Layout, which: int = TARGET) -> torch.Tensor:
+        """One pass behind the cache: ids (B, R) to logits (B, R, V). None of its rows is kept yet."""
+        self.passes.append((which, ids.shape[1]))
+        model, cache = (self.model, self.cache) if which == TARGET else (self.draft_model, self.draft_cache)
+        return model(ids, layout, cache)
+
+    def keep(self, n_rows: torch.Tensor | int) -> None:
+        """Counts the first n_rows of the last pass in; what lies behind is thereby dropped. Ended prompts stand."""
+        self.cache.length += self.going_on * n_rows
+
+    def probs(self, logits: torch.Tensor) -> torch.Tensor:
+        return probabilities(logits, **self.sampling)
+
+    def draw(self, probs: torch.Tensor) -> torch.Tensor:
+        return draw(probs, self.generator)
+
+    def next_token(self, logits: torch.Tensor) -> torch.Tensor:
+        """What follows the first row of a pass: logits (B, R, V) to tokens (B,), from the target alone."""
+        return self.draw(self.probs(logits[:, 0]))
+
+    def repeat(self, ids: torch.Tensor) -> torch.Tensor:
+        """The same ids (R,) for every prompt: (B, R)."""
+        return ids.expand(self.batch_size, -1)
+
+    def draft(
+        self, tree: DraftTree, draft_logits: torch.Tensor, copied: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drafts for the N nodes of a tree of depth D, (B, N), and the distributions that they were drawn from,
+        (B, D, V).
+
+        draft_logits: (B, n, V) of look-ahead rows; where n < D, deeper drafts are drawn blindly. copied: for a chain,
+        (B, N) tokens to draft instead, all of p on them; where it is negative nothing was copied.
+        """
+        depth = tree.depth[-1]
+        draft_logits = F.pad(draft_logits, (0, 0, 0, max(0, depth - draft_logits.shape[1])))[:, :depth]
+        draft_probs = self.probs(draft_logits)
+        if self.rule == "matching":
+            ranked = draft_logits.topk(min(tree.width, draft_logits.shape[2])).indices  # (B, D, width)
+        else:
+            ranked = draw_candidates(draft_probs, tree.width, self.generator)
+        nodes = node_tensors(tree, self.device)
+        drafts = ranked[:, nodes.place, nodes.rank]
+        if copied is not None:
+            drafts = torch.where(copied >= 0, copied, drafts)
+            one_hot = torch.zeros_like(draft_probs).scatter_(2, drafts[..., None], 1.0)
+            draft_probs = torch.where((copied >= 0)[..., None], one_hot, draft_probs)
+        return drafts, draft_probs
+
+    def accept(
+        self, drafts: torch.Tensor, draft_probs: torch.Tensor, target_probs: torch.Tensor, tree: DraftTree | None = None
+    ) -> Verified:
+        """Tests a chain of drafts (B, k), or a tree of them, and keeps the root and what was accepted in the cache."""
+        given = (drafts, draft_probs, target_probs)
+        if tree is None or (tree.width == 1 and self.rule == "recursive"):
+            n_accepted, next_token = speculative_accept(*given, self.generator)
+            self.keep(1 + n_accepted)  # of a chain the rows are where they belong
+            return Verified(*given, n_accepted, n_accepted, next_token, path=drafts, tree=tree)
+        p = None if self.rule == "matching" else draft_probs
+        kept, next_token = tree_accept(tree, drafts, p, target_probs, self.generator)
+        rows = (~kept).long().argsort(dim=1, stable=True)  # (B, N + 1), the kept nodes in front
+        n_accepted = kept.sum(1) - 1
+        if tree.width > 1:
+            self.cache.gather(rows[:, : 1 + tree.depth[-1]])
+        self.keep(1 + n_accepted)
+        last, path = rows.gather(1, n_accepted[:, None]).squeeze(1), drafts.gather(1, rows[:, 1:] - 1)
+        return Verified(*given, n_accepted, last, next_token, path, tree, kept)
+
+
+class Run:
+    """A generation from the host's side: the texts, how much each may still have, and the record of each round.
+
+    A run ends where its texts end or fill the window; `generate.stream` then begins another with what is kept of them.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        texts: list[list[int]],
+        remaining: list[int],
+        tree: DraftTree,
+        *,
+        stop_token: int | None,
+        prompt_lookup: int = 0,
+    ) -> None:
+        self.decoder, self.tree, self.remaining, self.stop_token = decoder, tree, remaining, stop_token
+        self.texts, self.prompt_lookup = texts, prompt_lookup
+        self.lookups = [PromptLookup(text) for text in texts] if prompt_lookup else []
+        for cache in (decoder.cache, decoder.draft_cache):
+            if cache:
+                cache.length.zero_()
+        self.tell_who_goes_on()
+
+    def tell_who_goes_on(self) -> None:
+        """The cache of a text that has ended stays as it is."""
+        self.decoder.going_on.copy_(torch.tensor([left > 0 for left in self.remaining]))
+
+    @property
+    def finished(self) -> bool:
+        return max(self.remaining) == 0
+
+    def room_for(self, n_drafts: int, already: int = 0) -> int:
+        """How many of n_drafts in a row this round can use behind `already` of its tokens: the last is never a draft.
+
+        A captured round always has all of them, and what is too much is cut off when it is emitted.
+        """
+        if self.decoder.graphs is not None:
+            return n_drafts
+        return max(0, min(n_drafts, max(self.remaining) - already - 1))
+
+    def room_for_drafts(self, already: int = 0) -> int:
+        return self.room_for(self.tree.depth[-1], already)
+
+    def prefill(self, extra_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first pass: the prompts, and behind each prompt's last token the rows extra_ids (k,).
+
+        Returns the next token (B,), drawn from the target, and the logits of the extra rows, (B, k, V).
+        """
+        decoder = self.decoder
+        logits = prefill(decoder.model, decoder.cache, self.texts, extra_ids)
+        decoder.passes.append((TARGET, max(map(len, self.texts)) + len(extra_ids)))
+        return decoder.next_token(logits), logits[:, 1:]
+
+    def ends_with(self, tokens: torch.Tensor) -> bool:
+        """Whether emitting tokens (B,) would end every prompt that is still going on.
+
+        A captured round does not wait to see a stop token: that would take more time than what it saves.
+        """
+        if max(self.remaining) <= 1 or self.decoder.graphs is not None:
+            return max(self.remaining) <= 1
+        pairs = zip(self.remaining, tokens.tolist(), strict=True)
+        return all(remaining <= 1 or token == self.stop_token for remaining, token in pairs)
+
+    def copied_drafts(self) -> torch.Tensor | None:
+        """For each text what followed where its last tokens stood before, (B, k); -1 for the drafts of the look-ahead
+        rows, where there is no such place. None when no text has one."""
+        n_drafts = self.room_for(self.prompt_lookup)
+        found = [lookup.drafts(n_drafts) if left else [] for lookup, left in zip(self.lookups, self.remaining)]
+        if not any(found):
+            return None
+        return torch.tensor([each or [-1] * n_drafts for each in found], device=self.decoder.device)
+
+    def emit(self, free: torch.Tensor | None = None, verified: Verified | None = None) -> Round:
+        """Ends a round: what it made, cut at the stop token and at each prompt's limit. free: (B,) tokens.
+
+        Here, and nowhere else, the host waits for the device.
+        """
+        decoder = self.decoder
+        record = Round([], [], [], [], [left > 0 for left in self.remaining], tuple(decoder.passes))
+        decoder.passes = []
+        n_drafts = verified.draft_probs.shape[1] if verified else 0
+        if n_drafts:
+            fields = {name: getattr(verified, name) for name in ("drafts", "draft_probs", "target_probs", "kept")}
+            if decoder.graphs is not None:  # the next replay writes to the same memory
+                fields = {name: value if value is None else value.clone() for name, value in fields.items()}
+            record = replace(record, **fields, tree=verified.tree)
+        columns = [free[:, None]] if free is not None else []
+        if verified:
+            columns += [torch.stack([verified.n_accepted, verified.last, verified.next_token], dim=1), verified.path]
+        for b, made in enumerate(torch.cat(columns, dim=1).tolist()):
+            tokens, origins = ([made.pop(0)], [FREE]) if free is not None else ([], [])
+            if verified:
+                n_accepted, last, next_token, *drafts = made
+                tokens += drafts[:n_accepted] + [next_token]
+                none_left = n_accepted == n_drafts or (verified.tree and last not in verified.tree.parents)
+                origins += [ACCEPTED] * n_accepted
+                origins.append(FREE if n_drafts == 0 else BONUS if none_left else CORRECTED)
+            end = min(len(tokens), self.remaining[b])
+            if self.stop_token in tokens[:end]:
+                end = tokens.index(self.stop_token) + 1
+                self.remaining[b] = 0
+            else:
+                self.remaining[b] -= end
+            kept = origins[:end].count(ACCEPTED)
+            record.tokens.append(tokens[:end])
+            record.origins.append(origins[:end])
+            record.n_accepted.append(kept)
+            record.n_tested.append(kept if end < len(tokens) else n_drafts)
+            self.texts[b] += tokens[:end]
+        for lookup, tokens in zip(self.lookups, record.tokens):
+            lookup.extend(tokens)
+        if record.active != [left > 0 for left in self.remaining]:
+            self.tell_who_goes_on()
+        return record
+
+
+def prefill(model: GPT, cache: KVCache, prompts: list[list[int]], extra_ids: torch.Tensor) -> torch.Tensor:
+    """Puts ragged prompts into an empty cache; logits of each prompt's last token and of the extra rows behind it."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    longest, n_extra = int(lengths.max()), len(extra_ids)
+    padded = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    for b, prompt in enumerate(prompts):
+        padded[b, : len(prompt)] = torch.tensor(prompt)  # what is behind a short prompt is dropped below
+    ids = torch.cat([padded.to(model.device), extra_ids.expand(len(prompts), -1)], dim=1)
+    layout = with_groups(path(longest), lengths[:, None] - 1, n_extra).to(model.device)
+    last = torch.from_numpy(lengths)[:, None] - 1
+    extra = (longest + torch.arange(n_extra)).expand(len(prompts), -1)
+    logits = model(ids, layout, cache, rows=torch.cat([last, extra], dim=1).to(model.device))
+    cache.length += torch.from_numpy(lengths).to(model.device)
+    return logits
+
+
+# Plain decoding: one token a pass.
+
+
+def plain_pass(decoder: Decoder, root: torch.Tensor) -> torch.Tensor:
+    """Root (B,) to the next one."""
+    logits = decoder.forward(root[:, None], path_layout(1, decoder.device))
+    decoder.keep(1)
+    return decoder.next_token(logits)
+
+
+def autoregressive(run: Run) -> Iterator[Round]:
+    """The baseline."""
+    root, _ = run.prefill(_no_tokens(run.decoder))
+    yield run.emit(free=root)
+    while not run.finished:
+        root = run.decoder.run(plain_pass, root)
+        yield run.emit(free=root)
+
+
+# The paper's Algorithm 1: two passes a round.
+
+
+def draft_pass(decoder: Decoder, stand_ins: torch.Tensor, root: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [root, LA_1..LA_k], of which only the root stays. stand_ins: (k,), the ids of the look-ahead tokens.
+
+    The root's logits give the next token x exactly, LA_i's the draft distribution i places after x: returns x (B,) and
+    these logits (B, k, V).
+    """
+    rows = torch.cat([root[:, None], decoder.repeat(stand_ins)], dim=1)
+    logits = decoder.forward(rows, draft_layout(len(stand_ins), decoder.device))
+    decoder.keep(1)
+    return decoder.next_token(logits), logits[:, 1:]
+
+
+def verify_pass(decoder: Decoder, free: torch.Tensor, draft_logits: torch.Tensor) -> Verified:
+    """Rows [x, d_1..d_k] behind the root, since the look-ahead rows were not kept: tests the drafts."""
+    draft_probs = decoder.probs(draft_logits)  # (B, k, V)
+    drafts = decoder.draw(draft_probs)  # (B, k)
+    rows = torch.cat([free[:, None], drafts], dim=1)
+    target_probs = decoder.probs(decoder.forward(rows, path_layout(rows.shape[1], decoder.device)))
+    return decoder.accept(drafts, draft_probs, target_probs)
+
+
+def two_pass(run: Run, stand_ins: torch.Tensor) -> Iterator[Round]:
+    """A draft pass, then a verify pass. The first draft pass is prefill, with the look-ahead rows behind the prompt.
+
+    stand_ins: (L,) input ids of the look-ahead tokens (or of the fixed token that stands in for them).
+    """
+    free, draft_logits = run.prefill(stand_ins[: run.room_for_drafts(already=1)])
+    while not run.ends_with(free):
+        verified = run.decoder.run(verify_pass, free, draft_logits)
+        yield run.emit(free=free, verified=verified)
+        if run.finished:
+            return
+        stand_ins = stand_ins[: run.room_for_drafts(already=1)]
+        free, draft_logits = run.decoder.run(draft_pass, stand_ins, verified.next_token)
+    yield run.emit(free=free)
+
+
+# Fused: one pass a round verifies this round's drafts, a chain or a tree, and drafts the next round's.
+
+
+def fused_round(
+    decoder: Decoder,
+    tree: DraftTree,
+    n_lookahead: int,
+    root: torch.Tensor,
+    draft_logits: torch.Tensor,
+    copied: torch.Tensor | None = None,
+) -> tuple[Verified, torch.Tensor]:
+    """Rows: the root, the drafts, then behind each of these a group of look-ahead tokens, for the case that it is the
+    last one kept.
+
+    n_lookahead: how many of these the next round can use at most. Returns what became of the drafts, and the logits of
+    the group behind the last kept one, (B, n_lookahead, V): the next round's drafts.
+    """
+    device, vocab_size, n_rows = decoder.device, decoder.model.config.vocab_size, len(tree.depth)
+    drafts, draft_probs = decoder.draft(tree, draft_logits, copied)  # (B, N), (B, D, V)
+    groups = group_ids(vocab_size, tuple(tree.lengths(n_lookahead)), device)
+    rows = torch.cat([root[:, None], drafts, decoder.repeat(groups)], dim=1)
+    logits = decoder.forward(rows, fused_layout(tree, n_lookahead, device))
+    target_probs = decoder.probs(logits[:, :n_rows])  # (B, N + 1, V)
+    verified = decoder.accept(drafts, draft_probs, target_probs, tree)
+    next_rows = group_rows(tree, n_lookahead, device)[verified.last]  # (B, n_lookahead)
+    return verified, logits[decoder.batch, next_rows]
+
+
+def fused(run: Run) -> Iterator[Round]:
+    """Prefill drafts for the first round. Where a text repeats itself, prompt lookup has the drafts of a round."""
+    decoder = run.decoder
+    vocab_size, device = decoder.model.config.vocab_size, decoder.device
+    root, draft_logits = run.prefill(group_ids(vocab_size, (run.room_for_drafts(already=1),), device))
+    yield run.emit(free=root)
+    while not run.finished:
+        copied = run.copied_drafts()
+        if copied is None:
+            tree = run.tree.cut(min(draft_logits.shape[1], run.room_for_drafts()))
+        else:
+            tree = copied_chain(copied.shape[1], run.tree.depth[-1])
+        n_lookahead = run.room_for_drafts(already=1)
+        verified, draft_logits = decoder.run(fused_round, tree, n_lookahead, root, draft_logits, copied)
+        root = verified.next_token
+        yield run.emit(verified=verified)
+
+
+def copied_chain(n_drafts: int, n_lookahead: int) -> DraftTree:
+    """A chain of copied drafts. It has look-ahead tokens behind the root alone, for the case that none was right: where
+    all were, the text most likely goes on repeating itself."""
+    return replace(chain(n_drafts), groups=(n_lookahead, *[0] * n_drafts)) if n_lookahead else chain(n_drafts)
+
+
+# Two models (arXiv 2211.17192, 2302.01318): a small one drafts token by token, the target verifies in one pass.
+
+
+def speculative_round(
+    decoder: Decoder, n_drafts: int, before: torch.Tensor, root: torch.Tensor
+) -> tuple[Verified, torch.Tensor]:
+    """n_drafts passes of the draft model, then one of the target over [root, d_1..d_k].
+
+    before: (B,), the token before the root. Returns what became of the drafts, and the next round's `before`.
+    """
+    device, vocab_size = decoder.device, decoder.model.config.vocab_size
+    drafts = root.new_empty(len(root), 0)
+    probs_dtype = torch.float64 if decoder.model.dtype == torch.float64 else torch.float32
+    draft_probs = torch.empty(len(root), 0, vocab_size, dtype=probs_dtype, device=device)
+    # The draft model has not seen the last draft if all were kept, so it starts at the token before the root.
+    decoder.draft_cache.length.copy_(decoder.cache.length - 1)
+    rows = torch.stack([before, root], dim=1)
+    for _ in range(n_drafts):
+        logits = decoder.forward(rows, path_layout(rows.shape[1], device), DRAFTER)
+        decoder.draft_cache.length += rows.shape[1]
+        p = decoder.probs(logits[:, -1:])  # (B, 1, V)
+        rows = decoder.draw(p)  # (B, 1)
+        drafts, draft_probs = torch.cat([drafts, rows], dim=1), torch.cat([draft_probs, p], dim=1)
+
+    rows = torch.cat([root[:, None], drafts], dim=1)
+    target_probs = decoder.probs(decoder.forward(rows, path_layout(1 + n_drafts, device)))
+    verified = decoder.accept(drafts, draft_probs, target_probs)
+    return verified, rows.gather(1, verified.last[:, None]).squeeze(1)
+
+
+def speculative(run: Run) -> Iterator[Round]:
+    """Both models read the prompt first."""
+    decoder = run.decoder
+    prefill(decoder.draft_model, decoder.draft_cache, run.texts, _no_tokens(decoder))
+    before = torch.tensor([text[-1] for text in run.texts], device=decoder.device)
+    root, _ = run.prefill(_no_tokens(decoder))
+    yield run.emit(free=root)
+    while not run.finished:
+        verified, before = decoder.run(speculative_round, run.room_for_drafts(), before, root)
+        root = verified.next_token
+        yield run.emit(verified=verified)
+
+
+def _no_tokens(decoder: Decoder) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.int64, device=decoder.device)
+
+
+@lru_cache(maxsize=256)
+def group_ids(vocab_size: int, lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """lookahead_ids on a device."""
+    return lookahead_ids(vocab_size, *lengths).to(device)
