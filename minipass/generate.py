@@ -168,7 +168,8 @@ def stream(
         if width > config.vocab_size:
             raise InputError(f"the tree has {width} drafts for one place, the vocabulary {config.vocab_size} tokens")
     else:
-        trees, rule = [chain(0 if method == "autoregressive" else lookahead)], "recursive"
+        drafts_nothing = method in ("autoregressive", "prompt-lookup")  # with look-ahead tokens
+        trees, rule = [chain(0 if drafts_nothing else lookahead)], "recursive"
     fixed_token = config.vocab_size - 1 if fixed_token is None else fixed_token
     if not 0 <= fixed_token < config.vocab_size:
         raise InputError(f"fixed_token must lie in 0..{config.vocab_size - 1}, not {fixed_token}")

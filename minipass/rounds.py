@@ -268,7 +268,9 @@ class Run:
         """For each text what followed where its last tokens stood before, (B, k); -1 for the drafts of the look-ahead
         rows, where there is no such place. None when no text has one."""
         n_drafts = self.room_for(self.prompt_lookup)
-        found = [lookup.drafts(n_drafts) if left else [] for lookup, left in zip(self.lookups, self.remaining)]
+        found = [
+            lookup.drafts(n_drafts) if left else [] for lookup, left in zip(self.lookups, self.remaining, strict=False)
+        ]
         if not any(found):
             return None
         return torch.tensor([each or [-1] * n_drafts for each in found], device=self.decoder.device)
@@ -310,7 +312,7 @@ class Run:
             record.n_accepted.append(kept)
             record.n_tested.append(kept if end < len(tokens) else n_drafts)
             self.texts[b] += tokens[:end]
-        for lookup, tokens in zip(self.lookups, record.tokens):
+        for lookup, tokens in zip(self.lookups, record.tokens, strict=False):
             lookup.extend(tokens)
         if record.active != [left > 0 for left in self.remaining]:
             self.tell_who_goes_on()

@@ -190,7 +190,7 @@ MISTAKES = {
     "ids from vocab_size + 1": (4, lookahead_ids, "vocab_size + torch", "vocab_size + 1 + torch"),
     "look-ahead row kept": (6, draft_pass, "decoder.keep(1)", "decoder.keep(2)"),
     "drafts greedy, p not": (6, verify_pass, "drafts = decoder.draw(draft_probs)", "drafts = draft_probs.argmax(-1)"),
-    "free token not verified": (6, verify_pass, "torch.cat([free[:, None], drafts]", "torch.cat([drafts, drafts[:, :1]]"),
+    "free token not verified": (6, verify_pass, "[free[:, None], drafts]", "[drafts, drafts[:, :1]]"),
     "free token forgotten": (6, two_pass, "run.emit(free=free, verified=verified)", "run.emit(verified=verified)"),
     "next draft pass behind the free token": (6, two_pass, "stand_ins, verified.next_token", "stand_ins, free"),
     "targets of the rows behind": (7, fused_round, "logits[:, :n_rows]", "logits[:, 1 : 1 + n_rows]"),

@@ -1,6 +1,7 @@
 """Prompt lookup: what followed the last tokens when they stood before."""
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_a_copy_that_reaches_the_end_goes_on_with_its_own_beginning():
 @pytest.mark.parametrize("method", ["prompt-lookup", "pass"])
 def test_text_that_repeats_itself_takes_few_passes(method, lively_model):
     loop = generate(lively_model, [8, 8, 8], 30, method="autoregressive").tokens[0]
-    n_changes = sum(a != b for a, b in zip(loop, loop[1:]))
+    n_changes = sum(a != b for a, b in pairwise(loop))
     result = generate(lively_model, [8, 8, 8], 30, method=method, prompt_lookup=6)
     assert result.tokens == [loop]
     if n_changes < 5:

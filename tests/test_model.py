@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from minipass.errors import InputError
-from minipass.rounds import prefill
 from minipass.layout import chain, draft_layout, fused_layout, lookahead_ids, path, path_layout, with_groups
 from minipass.model import GPT, GPTConfig, KVCache
+from minipass.rounds import prefill
 
 CPU = torch.device("cpu")
 LENGTHS = [7, 3, 12]  # of three texts that stand in one batch
