@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from minipass import checkpoint
+from minipass import capture, checkpoint
 from minipass.benchmark.contenders import Bench, Subject
 from minipass.benchmark.experiments import EXPERIMENTS
 from minipass.benchmark.reporting import Report
@@ -51,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto)")
+    add("--eager", action="store_true", help="on CUDA, do not replay rounds as graphs")
     add("--json", type=Path, metavar="PATH", help="also write all figures there, after each experiment; those of other "
         "experiments that are there stay")  # fmt: skip
     add("--plots", type=Path, metavar="FOLDER", help="also draw pictures into it")
@@ -120,6 +121,7 @@ def prepare(args: argparse.Namespace) -> Bench:
         new_tokens=args.new_tokens,
         n_samples=args.samples,
         seed=args.seed,
+        captures={} if capture.available(device) and not args.eager else None,
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from minipass import checkpoint, hf
+from minipass import capture, checkpoint, hf
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.errors import InputError
 from minipass.generate import (
@@ -25,6 +25,7 @@ from minipass.generate import (
     BONUS,
     CORRECTED,
     DEFAULT_LOOKAHEAD,
+    DEFAULT_PROMPT_LOOKUP,
     Generation,
     Round,
     stream,
@@ -70,10 +71,14 @@ def parse_arguments() -> argparse.Namespace:
         "fits this machine, by a short measurement, and then the text; what a seed draws depends on it (default: "
         f"{DEFAULT_LOOKAHEAD}; as many as the tree is deep)")  # fmt: skip
     add("--tree-size", type=int, default=8, metavar="N", help="drafts in a round of --pass tree (default: %(default)s)")
+    add("--prompt-lookup", type=int, nargs="?", const=DEFAULT_PROMPT_LOOKUP, default=0, metavar="N", help="copy "
+        "N drafts from the text where its last tokens stood before: with --pass fused or tree, or alone (default: 0, "
+        "without a number: %(const)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, bfloat16 where "
         "the hardware has it)")  # fmt: skip
+    add("--eager", action="store_true", help="on CUDA, do not replay rounds as graphs")
     add("--checkpoint", default="joint", help="a file, the name of one in the package, or a GPT-2: gpt2 .. gpt2-xl or "
         "a folder with its files (default: %(default)s)")  # fmt: skip
     add("--lookahead-table", metavar="FILE", help="take the look-ahead tokens from this file")
@@ -83,8 +88,12 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.compare and (args.json or args.trace):
         raise InputError(f"--compare and {'--json' if args.json else '--trace'} exclude each other")
-    if args.compare and args.variant is None:
+    if args.compare and args.variant is None and not args.prompt_lookup:
         args.variant = "fused"
+    if args.prompt_lookup and args.variant == "two-pass":
+        raise InputError("--prompt-lookup needs --pass fused or --pass tree, or no --pass")
+    if not 0 <= args.prompt_lookup <= MOST_TREE_SIZE:
+        raise InputError(f"--prompt-lookup must lie in 0..{MOST_TREE_SIZE}, not {args.prompt_lookup}")
     if args.trace and not args.trace.name:
         raise InputError(f"--trace must name a file, not {args.trace}")
     if not 1 <= args.tree_size <= MOST_TREE_SIZE:
@@ -106,20 +115,24 @@ def length(argument: str) -> int | str:
         raise argparse.ArgumentTypeError(f"must be a whole number or {AUTO}, not {argument}") from None
 
 
-def drafting(loaded: checkpoint.Checkpoint, args: argparse.Namespace) -> dict:
-    """What --pass, --lookahead and --tree-size say, as stream's settings.
+def drafting(loaded: checkpoint.Checkpoint, args: argparse.Namespace, captures: dict | None) -> dict:
+    """What --pass, --lookahead, --tree-size and --prompt-lookup say, as stream's settings.
 
     Trees are chosen by the hits that were measured at the end of the checkpoint's training.
     """
     method, hits = METHOD_OF[args.variant], loaded.record.get("hits", [])
+    if args.variant is None and args.prompt_lookup:
+        method = "prompt-lookup"
+    copies = {"prompt_lookup": args.prompt_lookup or None}
     if args.lookahead == AUTO:
         if not hits:
             raise InputError(f"{args.checkpoint} has no record of how often its drafts are right; give --lookahead")
         sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
         hits = hits[:MOST_AUTO_LOOKAHEAD]
-        return {"method": "pass-tree", "tree": AdaptiveTree(hits, round_seconds(loaded.model, hits, **sampling))}
+        seconds = round_seconds(loaded.model, hits, captures=captures, **sampling)
+        return {"method": "pass-tree", "tree": AdaptiveTree(hits, seconds), **copies}
     tree = best_tree(hits[: args.lookahead], args.tree_size) if hits and method == "pass-tree" else None
-    return {"method": method, "lookahead": args.lookahead, "tree": tree}
+    return {"method": method, "lookahead": args.lookahead, "tree": tree, **copies}
 
 
 def read_prompt(argument: str | None) -> bytes:
@@ -202,7 +215,7 @@ def main() -> None:
     loaded = checkpoint.load(args.checkpoint, device=device, dtype=dtype)
     if args.lookahead_table:
         hf.load_table(loaded.model, args.lookahead_table)
-    if (args.variant or args.compare) and loaded.model.config.n_lookahead == 0:
+    if args.variant and loaded.model.config.n_lookahead == 0:
         raise InputError(f"{args.checkpoint} has no look-ahead tokens: name a file of them with --lookahead-table")
     encoding, prompt_ids = loaded.encoding, encode_bytes(loaded.encoding, prompt)
 
@@ -217,9 +230,11 @@ def main() -> None:
             top_p=args.top_p,
             stop_token=encoding.eot_token,
             generator=torch.Generator(device).manual_seed(args.seed),
+            captures=captures,
         )
 
-    drafts = drafting(loaded, args)
+    captures = {} if capture.available(device) and not args.eager else None
+    drafts = drafting(loaded, args, captures)
     if args.compare:
         compare(rounds_of, drafts)
         return
@@ -227,6 +242,8 @@ def main() -> None:
     names = ["checkpoint", "lookahead_table", "temperature", "top_k", "top_p", "lookahead", "seed"]
     if args.variant == "tree" and args.lookahead != AUTO:
         names.append("tree_size")
+    if args.prompt_lookup:
+        names.append("prompt_lookup")
     given = {name.replace("_", "-"): getattr(args, name) for name in names if getattr(args, name) is not None}
     trace = Trace(encoding, prompt, {"method": method, **given, "dtype": str(dtype).removeprefix("torch.")})
 

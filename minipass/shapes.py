@@ -107,14 +107,14 @@ def fastest_tree(hits: Hits, seconds: Callable[[int], float]) -> DraftTree:
     return max(shapes, key=lambda shape: expected_tokens(shape, hits) / seconds(n_rows(shape)))
 
 
-def round_seconds(model: GPT, hits: Hits, n_rounds: int = 12, **sampling: Any) -> Callable[[int], float]:
+def round_seconds(model: GPT, hits: Hits, n_rounds: int = 12, **settings: Any) -> Callable[[int], float]:
     """Measures rounds with trees of several sizes in turns; returns the time of a round, interpolated over rows.
 
-    sampling: temperature, top_k, top_p of the rounds. Takes a fraction of a second for a small model on a CPU.
+    settings: more of stream's, temperature and the like. Takes a fraction of a second for a small model on a CPU.
     """
     trees = [best_tree(hits, n) for n in (1, 2, 4, 8, 16, 32)]
     prompt = [0] * max(1, model.config.block_size // 4)
-    runs = [stream(model, prompt, model.config.block_size, method="pass-tree", tree=tree, **sampling) for tree in trees]
+    runs = [stream(model, prompt, model.config.block_size, method="pass-tree", tree=tree, **settings) for tree in trees]
     times: list[list[float]] = [[] for _ in trees]
     for _ in range(n_rounds):
         for run, measured in zip(runs, times, strict=True):

@@ -23,6 +23,7 @@ from minipass.benchmark.measuring import (
     predicted_speedup,
     quartiles,
     repeated_share,
+    round_quartiles,
     take_turns,
     wilson_interval,
 )
@@ -123,6 +124,21 @@ def test_passes_are_timed_in_turns_for_two_models(model, draft_model):
     seconds = pass_seconds([model, draft_model], [(0, 1), (0, 9), (1, 2)], context=5, repeats=4)
     assert seconds.shape == (4, 3)
     assert (seconds > 0).all()
+
+
+def test_rounds_are_timed_in_turns(model):
+    ways = [{"method": "autoregressive"}, {"method": "pass", "lookahead": 2}]
+    for low, middle, high in round_quartiles(model, [1, 2, 3], 60, ways):  # past the window
+        assert 0 < low <= middle <= high
+
+
+@torch.no_grad()
+def test_a_constant_p_is_kept_as_often_as_the_mean_distribution_meets_each(model):
+    windows = torch.tensor([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
+    q = model(windows).softmax(-1).flatten(0, 1)
+    p = q.mean(0)
+    expected = sum(min(p[token], each[token]).item() for each in q for token in range(11)) / 10
+    assert experiments.constant_acceptance(model, windows) == pytest.approx(expected, abs=1e-5)
 
 
 # Quality.
@@ -279,6 +295,8 @@ def test_a_full_run_writes_tables_figures_and_pictures(run, folder, tmp_path):
         ("autoregressive", None),
         ("two-pass", 2),
         ("fused", 2),
+        ("fused + prompt lookup", 2),
+        ("prompt lookup alone", None),
         ("tree of 4 L", 2),
         ("two models", 2),
     }
@@ -288,7 +306,10 @@ def test_a_full_run_writes_tables_figures_and_pictures(run, folder, tmp_path):
     assert {"autoregressive, frozen", "two-pass, fixed token", "two-pass, frozen"} <= frozen
     assert found["check"]["rows"][0]["predicted"] == pytest.approx(1)
     assert found["quality"]["rows"][0]["samples"] == 3
-    pictures = {"headline", "methods", "lookahead", "acceptance", "cost", "quality"}
+    assert [row["checkpoint"] for row in found["bases"]["rows"]] == [str(folder / "frozen.pt")]
+    assert 0 < found["bases"]["rows"][0]["constant_acceptance"] < 1
+    assert all(row["speedup"] > 0 for row in found["sizes"]["rows"])
+    pictures = {"headline", "methods", "lookahead", "acceptance", "bases", "cost", "sizes", "quality"}
     assert pictures <= {path.stem for path in tmp_path.glob("*.png")}
     for line in result.out.splitlines():
         assert not line.startswith("|") or line.count("|") > 3

@@ -10,6 +10,7 @@ import torch
 from minipass import checkpoint, losses
 from minipass.benchmark.measuring import Contender, ours
 from minipass.data import Document, encode_documents, even_windows, read_documents, split_documents
+from minipass.generate import DEFAULT_PROMPT_LOOKUP
 from minipass.model import GPT
 from minipass.shapes import MOST_AUTO_LOOKAHEAD, AdaptiveTree, best_tree, round_seconds
 
@@ -20,6 +21,7 @@ DECODINGS: dict[str, dict] = {
     PLAIN_SAMPLED: {"temperature": 1.0},
 }
 TREE, TWO_MODELS = "tree of 4 L", "two models"
+COPYING, LOOKUP = "fused + prompt lookup", "prompt lookup alone"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,7 @@ class Bench:
     """What the experiments share: checkpoints, held-out text and counts.
 
     frozen, draft: None where there is none; compared: more checkpoints, and where the log of each one's training lies.
+    captures: stream's, for all methods alike; None: eagerly.
     """
 
     subject: Subject
@@ -59,6 +62,7 @@ class Bench:
     new_tokens: int
     n_samples: int
     seed: int
+    captures: dict | None = None
     _heldout: dict[str, list[Document]] = field(default_factory=dict)
     _tokens: dict[tuple[Subject, str], np.ndarray] = field(default_factory=dict)
     _forced: dict[tuple[Subject, str], dict] = field(default_factory=dict)
@@ -91,13 +95,16 @@ class Bench:
     def ours(self, name: str, subject: Subject, domain: str, decoding: str, **settings) -> Contender:
         """One of our methods on held-out prompts."""
         prompts = self.prompts(subject, domain)
-        return ours(name, subject.model, prompts, self.new_tokens, **DECODINGS[decoding], **settings)
+        settings |= {"captures": self.captures, **DECODINGS[decoding]}
+        return ours(name, subject.model, prompts, self.new_tokens, **settings)
 
     def methods(self) -> dict[str, Callable[[int], dict]]:
         """Our methods by their names in the tables; each gives stream's settings for L drafts."""
         found: dict[str, Callable[[int], dict]] = {
             "two-pass": lambda L: {"method": "pass-two-pass", "lookahead": L},
             "fused": lambda L: {"method": "pass", "lookahead": L},
+            COPYING: lambda L: {"method": "pass", "lookahead": L, "prompt_lookup": DEFAULT_PROMPT_LOOKUP},
+            LOOKUP: lambda L: {"method": "prompt-lookup"},  # the same for every L
             TREE: lambda L: self.tree(L, 4 * L),
         }
         if self.draft:
@@ -123,7 +130,9 @@ class Bench:
         hits = self.hits(MOST_AUTO_LOOKAHEAD)
         return {
             "method": "pass-tree",
-            "tree": AdaptiveTree(hits, round_seconds(self.subject.model, hits, **DECODINGS[decoding])),
+            "tree": AdaptiveTree(
+                hits, round_seconds(self.subject.model, hits, captures=self.captures, **DECODINGS[decoding])
+            ),
         }
 
     def family(
@@ -135,7 +144,7 @@ class Bench:
             self.ours(name, self.subject, domain, decoding, baseline=plain, **settings(length))
             for name, settings in self.methods().items()
             if name not in without
-            for length in lengths
+            for length in (lengths[:1] if name == LOOKUP else lengths)
         ]
 
     def caption(self, subject: Subject, *parts: str) -> str:

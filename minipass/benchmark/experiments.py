@@ -5,6 +5,7 @@ An experiment takes a Bench, what all of them share, and returns a Report. `EXPE
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,17 @@ import torch
 from tqdm import tqdm
 
 from minipass.benchmark import peers, plots, quality
-from minipass.benchmark.contenders import DECODINGS, GREEDY, SAMPLED, TREE, TWO_MODELS, Bench, Subject
+from minipass.benchmark.contenders import (
+    COPYING,
+    DECODINGS,
+    GREEDY,
+    LOOKUP,
+    SAMPLED,
+    TREE,
+    TWO_MODELS,
+    Bench,
+    Subject,
+)
 from minipass.benchmark.measuring import (
     figures,
     memory_bandwidth,
@@ -22,6 +33,7 @@ from minipass.benchmark.measuring import (
     pass_seconds,
     predicted_speedup,
     quartiles,
+    round_quartiles,
     take_turns,
 )
 from minipass.benchmark.reporting import Report, forced_line, label, methods_table, shares, speedups, spread, table
@@ -31,8 +43,13 @@ from minipass.generate import RULES, generate
 from minipass.model import GPT, GPTConfig
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-LARGER = ((8, 8, 512), (12, 12, 768))  # layers, heads, width of the random models whose passes are timed
+# Layers, heads, width of the random models whose passes are timed; on CUDA these are GPT-2's sizes.
+LARGER = ((8, 8, 512), (12, 12, 768))
+GPT2_SIZES = ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))
+GPT2_WINDOW, GPT2_VOCABULARY = 1024, 50_257
+TIMED_ROUNDS = 24
 PASS_REPEATS = 30
+CONSTANT_WINDOWS = 32
 AUTO_LENGTHS = (1, 2, 3, 4)
 BATCHES, BATCH_REPEATS = (1, 4, 16, 64), 3
 TREE_SIZES = (2, 4, 8, 16, 32)
@@ -101,7 +118,7 @@ def lookahead(bench: Bench) -> Report:
     texts, data, panels = [], {}, ([], [])
     lengths = range(1, bench.subject.model.config.n_lookahead + 1)
     for style, decoding in (("-", GREEDY), ("--", SAMPLED)):
-        contenders = bench.family(bench.data, decoding, lengths, without=(TREE, TWO_MODELS))
+        contenders = bench.family(bench.data, decoding, lengths, without=(TREE, TWO_MODELS, COPYING, LOOKUP))
         rows = figures(contenders, take_turns(contenders, bench.seed, decoding))
         best = {}
         for colour, method in enumerate(dict.fromkeys(contender.name for contender in contenders[1:])):
@@ -200,7 +217,7 @@ def batches(bench: Bench) -> Report:
         for repeat in tqdm(range(1 + BATCH_REPEATS), desc=f"batches of {size}", leave=False, dynamic_ncols=True):
             for name, settings in chosen.items():
                 began = now(device)
-                result = generate(model, prompts, bench.new_tokens, **settings)
+                result = generate(model, prompts, bench.new_tokens, captures=bench.captures, **settings)
                 seconds = now(device) - began
                 if repeat:
                     rates[name].append(sum(map(len, result.tokens)) / seconds)
@@ -282,13 +299,10 @@ def cost(bench: Bench) -> Report:
     model that stays in the processor's caches can be faster than that.
     """
     bandwidth = memory_bandwidth(bench.device)
-    config = bench.subject.model.config
-    torch.manual_seed(bench.seed)
-    sizes = [GPTConfig(**vars(config) | {"n_layer": n, "n_head": h, "n_embd": d}) for n, h, d in LARGER]
     rows, lines = [], []
-    for colour, size in enumerate([None, *sizes]):
-        model = GPT(size).to(bench.device, bench.dtype).eval() if size else bench.subject.model
-        n_weights = sum(p.numel() for name, p in model.named_parameters() if name not in ("wpe.weight", "lookahead"))
+    for colour, size in enumerate([None, *larger_sizes(bench)]):
+        model = random_model(bench, size) if size else bench.subject.model
+        n_weights = weights_read(model)
         kinds = [(0, n_rows) for n_rows in ROWS]
         seconds = pass_seconds([model], kinds, bench.prompt_tokens, PASS_REPEATS)
         floor = n_weights * model.wte.weight.element_size() / bandwidth
@@ -323,6 +337,128 @@ def cost(bench: Bench) -> Report:
     scale = {"xscale": "log", "yscale": "log", "xticks": ROWS, "xticklabels": ROWS}
     picture = plots.curves([plots.Panel("rows of a pass", "ms", lines, scale)])
     return Report(note + "\n\n" + table(heads, cells), {"bytes_per_second": bandwidth, "rows": rows}, {"cost": picture})
+
+
+def larger_sizes(bench: Bench) -> list[GPTConfig]:
+    """Sizes of models that are larger than the subject and have no use but to be timed."""
+    config = bench.subject.model.config
+    if bench.device.type == "cuda":
+        config = replace(config, vocab_size=GPT2_VOCABULARY, block_size=GPT2_WINDOW)
+    chosen = GPT2_SIZES if bench.device.type == "cuda" else LARGER
+    return [replace(config, n_layer=n, n_head=h, n_embd=d) for n, h, d in chosen]
+
+
+def random_model(bench: Bench, config: GPTConfig) -> GPT:
+    """One with random weights."""
+    torch.manual_seed(bench.seed)
+    with bench.device:
+        return GPT(config).to(bench.dtype).eval()
+
+
+def weights_read(model: GPT) -> int:
+    """How many weights every pass reads."""
+    return sum(p.numel() for name, p in model.named_parameters() if name not in ("wpe.weight", "lookahead"))
+
+
+def sizes(bench: Bench) -> Report:
+    """A simulation: what would PaSS give for larger models, if their drafts were kept as often as the subject's?
+
+    The time of a round is measured, with random weights, in turns; how many tokens a round gives is taken from the
+    subject's greedy text. A larger model's drafts are likely to be better or worse than that. Plain decoding's share of
+    the memory bandwidth is measured: its weights, read once a token, over the speed of summing 256 MiB of float32.
+    """
+    bandwidth, subject = memory_bandwidth(bench.device), bench.subject.model
+    ways = {"autoregressive": {"method": "autoregressive"}}
+    ways |= {f"fused, L = {L}": {"method": "pass", "lookahead": L} for L in bench.lookahead}
+    ways |= {f"tree of {n}": bench.tree(bench.lookahead[-1], n) for n in TREE_SIZES[2:]}
+    prompts = bench.prompts(bench.subject, bench.data)
+    generated = {}
+    for name, settings in tqdm(ways.items(), desc="tokens of a round", leave=False, dynamic_ncols=True):
+        made = [generate(subject, prompt, bench.new_tokens, captures=bench.captures, **settings) for prompt in prompts]
+        generated[name] = sum(len(each.tokens[0]) - 1 for each in made) / sum(each.rounds - 1 for each in made)
+    rows, lines = [], []
+    for config in [None, *larger_sizes(bench)]:
+        model = random_model(bench, config) if config else subject
+        shape = model.config
+        title = f"{shape.n_layer} layers, width {shape.n_embd}, {weights_read(model) / 1e6:.3g}M"
+        settings = [{"captures": bench.captures and {}, **each} for each in ways.values()]
+        seconds = round_quartiles(model, [0] * bench.prompt_tokens, TIMED_ROUNDS, settings)
+        plain = seconds[0][1]
+        share = weights_read(model) * model.wte.weight.element_size() / bandwidth / plain
+        for name, three in zip(ways, seconds, strict=True):
+            speedup = generated[name] * plain / three[1]
+            rows.append({"model": title, "way": name, "seconds": three, "tokens": generated[name], "speedup": speedup})
+            rows[-1]["bandwidth_share"] = share if name == "autoregressive" else None
+            lines.append(
+                [
+                    title if name == "autoregressive" else "",
+                    name,
+                    spread([1000 * each for each in three]),
+                    f"{generated[name]:.2f}",
+                    f"{speedup:.2f}",
+                    f"{share:.0%}" if name == "autoregressive" else "",
+                ]
+            )
+    heads = ["model", "method", "ms/round (quartiles)", "tokens/round", "simulated speed-up", "share of bandwidth"]
+    note = (
+        f"{TIMED_ROUNDS} rounds each, behind {bench.prompt_tokens} tokens, one text; all but the first model have "
+        f"random weights. Tokens/round are those of {bench.caption(bench.subject, GREEDY, bench.counts(bench.data))}. "
+        f"Memory is read with {bandwidth / 1e9:.1f} GB/s; a model that stays in the caches can read faster."
+    )
+    titles = list(dict.fromkeys(row["model"] for row in rows))
+    drawn = [
+        plots.Line(name, range(len(titles)), [row["speedup"] for row in rows if row["way"] == name], colour)
+        for colour, name in enumerate(ways)
+    ]
+    scale = {"xticks": range(len(titles)), "xticklabels": [title.split(", ")[-1] for title in titles]}
+    picture = plots.curves([plots.Panel("weights of the model", "simulated speed-up", drawn, scale)])
+    data = {"bytes_per_second": bandwidth, "rows": rows}
+    return Report(note + "\n\n" + table(heads, lines), data, {"sizes": picture})
+
+
+def bases(bench: Bench) -> Report:
+    """Does the paper's recipe, a table on a frozen base, come alive as the base grows? For the runs of --compare.
+
+    Beside each table's acceptance stands that of a constant p, the model's mean distribution over the held-out text:
+    what a drafter has who knows nothing of the context. A base that predicts badly is easier to draft for.
+    """
+    if not bench.compared:
+        return Report("Left out: name checkpoints with tables on frozen bases, --compare RUN RUN ...", {"rows": []})
+    rows = []
+    for subject, _ in bench.compared:
+        forced, model = bench.forced(subject, bench.data), subject.model
+        tokens = bench.tokens(subject, bench.data)
+        constant = constant_acceptance(model, even_windows(tokens, CONSTANT_WINDOWS, model.config.block_size))
+        row = {"checkpoint": subject.name, "weights": weights_read(model), "constant_acceptance": constant}
+        rows.append({**row, "teacher_forced": forced})
+    rows.sort(key=lambda row: (row["weights"], len(row["teacher_forced"]["acceptance"])))
+    heads = ["checkpoint", "weights", "base loss", "acceptance of a constant p", "of the table, by position"]
+    cells = [
+        [
+            f"`{row['checkpoint']}`",
+            f"{row['weights'] / 1e6:.2g}M",
+            f"{row['teacher_forced']['loss']:.3f}",
+            f"{row['constant_acceptance']:.2f}",
+            shares(row["teacher_forced"]["acceptance"]),
+        ]
+        for row in rows
+    ]
+    lines, longest = [], {row["weights"]: row for row in rows}.values()  # of each base the table with most positions
+    weights = [row["weights"] / 1e6 for row in longest]
+    for position in range(min(4, *(len(row["teacher_forced"]["acceptance"]) for row in longest))):
+        own = [row["teacher_forced"]["acceptance"][position] for row in longest]
+        lines.append(plots.Line(f"[LA]_{position + 1}", weights, own, position))
+    lines.append(plots.Line("a constant p", weights, [row["constant_acceptance"] for row in longest], 6, ":"))
+    panel = plots.Panel("million weights", "expected acceptance", lines, {"xscale": "log", "ylim": (0, None)})
+    note = f"Teacher-forced on held-out text ({bench.data}), temperature 1."
+    return Report(note + "\n\n" + table(heads, cells), {"rows": rows}, {"bases": plots.curves([panel])})
+
+
+@torch.inference_mode()
+def constant_acceptance(model: GPT, windows: torch.Tensor) -> float:
+    """Expected acceptance sum(min(p, q)) of the mean q as p, over windows (N, T) of text."""
+    q = torch.cat([model(batch.to(model.device)).float().softmax(-1).flatten(0, 1) for batch in windows.split(4)])
+    return torch.minimum(q.mean(0), q).sum(-1).mean().item()
 
 
 def check(bench: Bench) -> Report:
@@ -381,7 +517,7 @@ def text_quality(bench: Bench) -> Report:
     chosen |= {name: settings(length) for name, settings in bench.methods().items()}
     rows = []
     for name, settings in chosen.items():
-        settings |= DECODINGS[SAMPLED]
+        settings |= {"captures": bench.captures, **DECODINGS[SAMPLED]}
         judged = quality.judge(bench.subject.loaded, picked, bench.new_tokens, bench.seed, name, **settings)
         rows.append({"method": name, **judged})
     lines = [
@@ -445,7 +581,9 @@ EXPERIMENTS: dict[str, Callable[[Bench], Report]] = {
     "auto": auto,
     "batches": batches,
     "acceptance": acceptance,
+    "bases": bases,
     "cost": cost,
+    "sizes": sizes,
     "check": check,
     "quality": text_quality,
     "peers": against_peers,

@@ -8,17 +8,21 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from minipass import capture
 from minipass.generate import Generation, stream
 from minipass.layout import path_layout
 from minipass.model import GPT, KVCache
 
 NGRAM = 8
+N_WARM_UP = 3  # rounds: the first is prefill
+MANY_TOKENS = 10_000  # more than are made
 
 
 @dataclass(frozen=True)
@@ -177,22 +181,44 @@ def predicted_speedup(n_decoded: int, passes: Sequence[tuple[int, int]], cost: d
     return n_decoded / sum(cost[each] for each in passes)
 
 
+def round_quartiles(model: GPT, prompt: list[int], n_rounds: int, ways: Sequence[dict]) -> list[list[float]]:
+    """Quartiles of the seconds of a round in each of several ways, stream's settings, that take turns."""
+    runs = [stream(model, prompt, MANY_TOKENS, **settings) for settings in ways]
+    seconds: list[list[float]] = [[] for _ in ways]
+    for turn in range(N_WARM_UP + n_rounds):
+        for run, own in zip(runs, seconds, strict=True):
+            began = now(model.device)
+            next(run)
+            if turn >= N_WARM_UP:
+                own.append(now(model.device) - began)
+    return [quartiles(own) for own in seconds]
+
+
 @torch.inference_mode()
 def pass_seconds(models: Sequence[GPT], kinds: Sequence[tuple[int, int]], context: int, repeats: int) -> np.ndarray:
     """Seconds of passes of each kind, (model, rows), behind `context` cached tokens: (repeats, kinds).
 
-    The kinds take turns in every repeat; one untimed turn goes before.
+    The kinds take turns in every repeat; one untimed turn goes before. On CUDA they are captured.
     """
     device, most = models[0].device, max(rows for _, rows in kinds)
     caches = [KVCache(each.config, 1, context + most, device=device, dtype=each.dtype) for each in models]
     for cache in caches:
         cache.length += context
+    passes = []
+    for which, rows in kinds:
+
+        def one_pass(ids: torch.Tensor, which: int = which) -> torch.Tensor:
+            return models[which](ids, path_layout(ids.shape[1], device), caches[which])
+
+        ids = torch.zeros(1, rows, dtype=torch.int64, device=device)
+        if capture.available(device):
+            one_pass = capture.Graph(one_pass, [ids], [], torch.Generator(device))
+        passes.append(partial(one_pass, ids))
     seconds = np.zeros((1 + repeats, len(kinds)))
     for turn in tqdm(seconds, desc="passes", unit="turn", leave=False, dynamic_ncols=True):
-        for column, (which, rows) in enumerate(kinds):
-            ids = torch.zeros(1, rows, dtype=torch.int64, device=device)
+        for column, one_pass in enumerate(passes):
             began = now(device)
-            models[which](ids, path_layout(rows, device), caches[which])
+            one_pass()
             turn[column] = now(device) - began
     return seconds[1:]
 
