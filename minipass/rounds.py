@@ -185,7 +185,7 @@ class Decoder:
     ) -> Verified:
         """Tests a chain of drafts (B, k), or a tree of them, and keeps the root and what was accepted in the cache."""
         given = (drafts, draft_probs, target_probs)
-        if tree is None or (tree.width == 1 and self.rule == "recursive"):
+        if tree is None or (tree.width == 1 and (self.rule == "recursive" or self.sampling["temperature"] == 0)):
             n_accepted, next_token = speculative_accept(*given, self.generator)
             self.keep(1 + n_accepted)  # of a chain the rows are where they belong
             return Verified(*given, n_accepted, n_accepted, next_token, path=drafts, tree=tree)
@@ -226,7 +226,7 @@ class Run:
 
     def tell_who_goes_on(self) -> None:
         """The cache of a text that has ended stays as it is."""
-        self.decoder.going_on.copy_(torch.tensor([left > 0 for left in self.remaining]))
+        self.decoder.going_on.copy_(torch.tensor([left > 0 for left in self.remaining]), non_blocking=True)
 
     @property
     def finished(self) -> bool:
@@ -273,7 +273,8 @@ class Run:
         ]
         if not any(found):
             return None
-        return torch.tensor([each or [-1] * n_drafts for each in found], device=self.decoder.device)
+        drafts = torch.tensor([each or [-1] * n_drafts for each in found])
+        return drafts.to(self.decoder.device, non_blocking=True)
 
     def emit(self, free: torch.Tensor | None = None, verified: Verified | None = None) -> Round:
         """Ends a round: what it made, cut at the stop token and at each prompt's limit. free: (B,) tokens.

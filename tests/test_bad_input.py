@@ -82,6 +82,9 @@ SAMPLE_MISTAKES = [
     ["--pass", "tree", "--lookahead", "0"],
     ["--pass", "tree", "--tree-size", "0"],
     ["--pass", "tree", "--tree-size", "257"],
+    ["--pass", "--prompt-lookup", "-1"],
+    ["--prompt-lookup", "257"],
+    ["--pass", "two-pass", "--prompt-lookup"],
     ["--temperature", "-1"],
     ["--temperature", "nan"],
     ["--temperature", "inf"],
@@ -228,15 +231,22 @@ def test_a_run_that_cannot_go_on_so_is_one_sentence_and_stays_as_it_is(call, tmp
 
 def test_greedy_text_with_pass_equals_the_text_without(call, tiny_checkpoint):
     settings = ["--checkpoint", tiny_checkpoint, "--prompt", "Hi", "--temperature", "0", "--dtype", "float32", "--json"]
-    plain, fused, two_pass, tree = (
+    plain, fused, two_pass, tree, copying, copied = (
         json.loads(call(sample, *settings, *extra).out)
-        for extra in ([], ["--pass"], ["--pass", "two-pass"], ["--pass", "tree"])
+        for extra in (
+            [],
+            ["--pass"],
+            ["--pass", "two-pass"],
+            ["--pass", "tree"],
+            ["--pass", "--prompt-lookup"],
+            ["--prompt-lookup", "4"],
+        )
     )
-    assert plain["text"] == fused["text"] == two_pass["text"] == tree["text"]
+    assert plain["text"] == fused["text"] == two_pass["text"] == tree["text"] == copying["text"] == copied["text"]
     assert fused["passes"] <= two_pass["passes"] <= plain["passes"] == len(plain["tokens"])
     assert set(plain) == {"text", "tokens", "passes", "tokens_per_pass", "acceptance", "tokens_per_second", "method"}
-    methods = [run["method"] for run in (plain, fused, two_pass, tree)]
-    assert methods == ["autoregressive", "pass", "pass-two-pass", "pass-tree"]
+    methods = [run["method"] for run in (plain, fused, two_pass, tree, copying, copied)]
+    assert methods == ["autoregressive", "pass", "pass-two-pass", "pass-tree", "pass", "prompt-lookup"]
 
 
 def test_a_trained_model_writes_the_same_text_in_fewer_passes_fused_in_the_fewest(call, tmp_path):
