@@ -435,6 +435,7 @@ def main() -> None:
         bar.update()
     bar.close()
     if world > 1:
+        del network  # it holds the group, whose threads must not outlive the interpreter
         dist.destroy_process_group()
     if rank:
         return
