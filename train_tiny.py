@@ -279,6 +279,176 @@ def whole_loss(
     return losses.next_token_loss(text_logits, targets) + args.lookahead_weight * drafting
 
 
+class Trainer:
+    """A run in hand: model, corpus and optimizers, and how far it has come. Every process has one."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, rank: int, world: int) -> None:
+        """Begins a run, or goes on with the one in --out. Raises InputError when that is not possible."""
+        self.args, self.device, self.rank, self.world = args, device, rank, world
+        dtype = choose_dtype(args.dtype, device)
+        self.autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.settings = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+            if name not in NOT_PART_OF_A_RUN
+        }
+        self.share, rest = divmod(args.batch_size, world * args.accumulate)  # windows in one forward pass
+        if rest:
+            parts = f"{world} x {args.accumulate} equal parts"
+            raise InputError(f"--batch-size {args.batch_size} cannot be split into {parts}")
+        # A GPT-2 that stays as it is need not be stored again with each checkpoint.
+        self.base = args.init if args.stage == "lookahead" and args.init and hf.is_gpt2(args.init) else None
+        self.last = args.out / "last.pt"
+        if os.path.exists(self.last) and not args.resume:  # False where Path.exists raises: a name that is too long
+            raise InputError(f"{args.out} already holds a run: go on with --resume, or name another folder with --out")
+        loaded = unfinished_run(self.last, self.settings) if args.resume else None
+        self._prepare(loaded)
+        self.optimizers = make_optimizers(self.model, args.stage, args.lr)
+        self.step, self.seconds, self.history = 0, 0.0, []
+        if loaded:
+            state = loaded.training
+            self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+        else:
+            self.save()  # now, so that a folder that cannot be written is known before hours are spent
+
+    def _prepare(self, loaded: checkpoint.Checkpoint | None) -> None:
+        """Model and encoded corpus, of the run that goes on or new ones."""
+        args, files = self.args, (self.args.out / "train.tokens", self.args.out / "heldout.tokens")
+        encoded = loaded and all(os.path.exists(file) for file in files)
+        parts = () if encoded else split_documents(find_documents(args.data))
+        if loaded:
+            self.model, self.encoding, self.parents = loaded.model, loaded.encoding, loaded.training["parents"]
+        else:
+            self.model, self.encoding, record = start(args, parts[0])
+            own = {key: value for key, value in record.items() if key != "parents"}
+            self.parents = [*record.get("parents", []), own] if record else []
+        config = self.model.config
+        if args.stage != "base" and config.n_lookahead == 0:
+            raise InputError(f"--stage {args.stage} needs look-ahead tokens, but n_lookahead is 0")
+        if config.block_size - config.n_lookahead < args.groups:
+            raise InputError(f"--groups {args.groups} does not fit into a window of {config.block_size}")
+        for documents, file in zip(parts, files, strict=False):
+            encode_to_file(documents, self.encoding, file)
+        self.train_tokens, heldout_tokens = (open_tokens(file, self.encoding) for file in files)
+        self.windows = even_windows(heldout_tokens, 128, config.block_size + 1)
+        sample_windows(self.train_tokens, 1, config.block_size + 1, np.random.default_rng(0))  # long enough?
+        self.model.to(self.device).train()
+
+    def record(self) -> dict:
+        """What a checkpoint says of its training."""
+        figures = {key: value for key, value in self.history[-1].items() if key != "loss"} if self.history else {}
+        so_far = {"step": self.step, "seconds": round(self.seconds), "parents": self.parents}
+        return self.settings | so_far | {"threads": torch.get_num_threads()} | figures
+
+    def save(self) -> None:
+        """Writes last.pt, log.jsonl and loss.png; only the first process does."""
+        if self.rank:
+            return
+        training = {name: getattr(self, name) for name in ("settings", "step", "seconds", "history", "parents")}
+        training["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        checkpoint.save(self.last, self.model, self.encoding, self.record(), training=training, base=self.base)
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        checkpoint.atomic_write(self.args.out / "log.jsonl", lambda path: path.write_text(lines))
+        draw_curves(self.args.out, self.history)
+
+    def progress(self) -> float:
+        """Share of the run that is done: of its steps or of its minutes, whichever is further."""
+        args = self.args
+        by_steps = self.step / args.steps if args.steps else 0.0
+        return max(by_steps, self.seconds / (60 * args.minutes) if args.minutes else 0.0)
+
+    def mean(self, *values: float) -> list[float]:
+        """Means over the processes, each of which has its own values."""
+        shared = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(shared)
+        return (shared / self.world).tolist()
+
+    def train(self) -> bool:
+        """Takes steps until the run is done or Ctrl-C is pressed, and saves; returns whether it is done."""
+        interrupted, args = False, self.args
+
+        def on_interrupt(*_):
+            nonlocal interrupted
+            if interrupted:
+                raise KeyboardInterrupt
+            interrupted = True  # the step in hand is finished first, so that what is saved is a whole step
+
+        signal.signal(signal.SIGINT, on_interrupt)
+        network = TrainingPass(self.model)
+        if args.checkpoint_activations:
+            for block in self.model.h:
+                block.forward = partial(recompute, block.forward, use_reentrant=False)
+        if self.world > 1:
+            network = DistributedDataParallel(network)
+        bar = tqdm(
+            total=args.steps, initial=self.step, unit="step", desc=args.stage, dynamic_ncols=True, disable=self.rank > 0
+        )
+        began = time.monotonic()
+        while True:
+            self.seconds, stop = self.mean(self.seconds, interrupted)  # the processes must agree when to end
+            if self.progress() >= 1 or stop:
+                break
+            loss = self.take_step(network)
+            self.seconds += time.monotonic() - began
+            began = time.monotonic()
+            entry = {"step": self.step, "loss": self.mean(loss)[0]}
+            if self.rank:
+                continue  # one process validates, writes and prints
+            if self.step % args.eval_every == 0 or self.progress() >= 1:
+                entry |= self.validate()
+                accepted = " ".join(f"{value:.2f}" for value in entry["acceptance"])
+                bar.write(f"step {self.step}: held-out loss {entry['heldout_loss']:.3f}, acceptance {accepted}")
+            self.history.append(entry)
+            if self.step % args.save_every == 0:
+                self.save()
+            rate = args.batch_size * self.model.config.block_size * (bar.format_dict["rate"] or 0.0)
+            left = "" if args.steps else f", {max(0.0, args.minutes - self.seconds / 60):.1f} minutes left"
+            bar.set_postfix_str(f"loss {entry['loss']:.3f}, {rate:,.0f} tokens/s{left}", refresh=False)
+            bar.update()
+        bar.close()
+        self.save()
+        return not stop
+
+    def take_step(self, network: torch.nn.Module) -> float:
+        """One optimiser step on this process's share of the batch; returns that share's loss."""
+        args, optimizers = self.args, self.optimizers
+        batch, cuts, n_lookahead = draw_batch(self.train_tokens, self.model.config, args, self.step)
+        kind = args.loss if args.loss != "kl-tv" else ("kl" if self.progress() < 0.75 else "tv")
+        step_loss = torch.zeros((), device=self.device)
+        for part in range(args.accumulate):
+            first = (self.rank * args.accumulate + part) * self.share
+            mine = slice(first, first + self.share)
+            waits = self.world > 1 and part < args.accumulate - 1  # gradients are exchanged once, behind the last part
+            with network.no_sync() if waits else nullcontext():
+                with self.autocast:
+                    loss = whole_loss(network, batch[mine].to(self.device), cuts[mine], n_lookahead, kind, args)
+                loss = loss / args.accumulate
+                self.scaler.scale(loss).backward()
+            step_loss += loss.detach()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args.lr, self.step, self.progress(), args.decay)
+            self.scaler.step(optimizer)
+            optimizer.zero_grad()
+        self.scaler.update()
+        self.step += 1
+        return step_loss.item()
+
+    def validate(self) -> dict:
+        """Figures of losses.evaluate on held-out text, the loss named `heldout_loss`."""
+        n_groups = 0 if self.args.stage == "base" else 8
+        with self.autocast:
+            figures = losses.evaluate(
+                self.model.eval(), self.windows, n_groups=n_groups, batch_size=min(16, self.share)
+            )
+        self.model.train()
+        return {"heldout_loss" if name == "loss" else name: value for name, value in figures.items()}
+
+
 def main() -> None:
     args = parse_arguments()
     device, rank, world = join_processes(args.device)
@@ -288,168 +458,24 @@ def main() -> None:
         except RuntimeError:
             sys.exit(2)  # it could not, and has said why
         args.resume = True
-    dtype = choose_dtype(args.dtype, device)
-    settings = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if name not in NOT_PART_OF_A_RUN
-    }
-    share, rest = divmod(args.batch_size, world * args.accumulate)  # windows in one forward pass
-    if rest:
-        raise InputError(f"--batch-size {args.batch_size} cannot be split into {world} x {args.accumulate} equal parts")
-    # A GPT-2 that stays as it is need not be stored again with each checkpoint.
-    base = args.init if args.stage == "lookahead" and args.init and hf.is_gpt2(args.init) else None
-    last, token_files = args.out / "last.pt", (args.out / "train.tokens", args.out / "heldout.tokens")
-    if os.path.exists(last) and not args.resume:  # False where Path.exists raises: a name that is too long
-        raise InputError(f"{args.out} already holds a run: go on with --resume, or name another folder with --out")
-    state = None
-    if args.resume:
-        loaded = unfinished_run(last, settings)
-        state = loaded.training
-    encoded = state is not None and all(os.path.exists(file) for file in token_files)
-    parts = () if encoded else split_documents(find_documents(args.data))
-    if state:
-        model, encoding, parents = loaded.model, loaded.encoding, state["parents"]
-    else:
-        model, encoding, record = start(args, parts[0])
-        parents = [*record.get("parents", []), {k: v for k, v in record.items() if k != "parents"}] if record else []
-    config = model.config
-    if args.stage != "base" and config.n_lookahead == 0:
-        raise InputError(f"--stage {args.stage} needs look-ahead tokens, but n_lookahead is 0")
-    if config.block_size - config.n_lookahead < args.groups:
-        raise InputError(f"--groups {args.groups} does not fit into a window of {config.block_size}")
-    for documents, file in zip(parts, token_files, strict=False):
-        encode_to_file(documents, encoding, file)
-    train_tokens, heldout_tokens = (open_tokens(file, encoding) for file in token_files)
-    windows = even_windows(heldout_tokens, 128, config.block_size + 1)
-    sample_windows(train_tokens, 1, config.block_size + 1, np.random.default_rng(0))  # long enough?
-    model.to(device).train()
-    optimizers = make_optimizers(model, args.stage, args.lr)
-    step, seconds, history = 0, 0.0, []
-    if state:
-        step, seconds, history = state["step"], state["seconds"], state["history"]
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    def record() -> dict:
-        figures = {key: value for key, value in history[-1].items() if key != "loss"} if history else {}
-        return settings | {"step": step, "seconds": round(seconds), "parents": parents, "threads": torch.get_num_threads()} | figures  # fmt: skip # noqa: E501
-
-    def save() -> None:
-        training = {
-            "settings": settings,
-            "step": step,
-            "seconds": seconds,
-            "history": history,
-            "parents": parents,
-        }
-        training["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        checkpoint.save(last, model, encoding, record(), training=training, base=base)
-        lines = "".join(json.dumps(entry) + "\n" for entry in history)
-        checkpoint.atomic_write(args.out / "log.jsonl", lambda path: path.write_text(lines))
-        draw_curves(args.out, history)
-
-    def progress() -> float:
-        """Share of the run that is done: of its steps or of its minutes, whichever is further."""
-        by_steps = step / args.steps if args.steps else 0.0
-        return max(by_steps, seconds / (60 * args.minutes) if args.minutes else 0.0)
-
-    def mean(*values: float) -> list[float]:
-        """Means over the processes, each of which has its own values."""
-        shared = torch.tensor(values, dtype=torch.float64, device=device)
-        if world > 1:
-            dist.all_reduce(shared)
-        return (shared / world).tolist()
-
-    interrupted = False
-
-    def on_interrupt(*_):
-        nonlocal interrupted
-        if interrupted:
-            raise KeyboardInterrupt
-        interrupted = True  # the step in hand is finished first, so that what is saved is a whole step
-
-    signal.signal(signal.SIGINT, on_interrupt)
-    if not state:
-        save()  # now, so that a folder that cannot be written is known before hours are spent
+    trainer = Trainer(args, device, rank, world)
     if world > 1 and rank == 0:
         dist.barrier()
-    network = TrainingPass(model)
-    if args.checkpoint_activations:
-        for block in model.h:
-            block.forward = partial(recompute, block.forward, use_reentrant=False)
+    done = trainer.train()
     if world > 1:
-        network = DistributedDataParallel(network)
-    bar = tqdm(total=args.steps, initial=step, unit="step", desc=args.stage, dynamic_ncols=True, disable=rank > 0)
-    tokens_per_step, began = args.batch_size * config.block_size, time.monotonic()
-    while True:
-        seconds, stop = mean(seconds, interrupted)  # the processes must agree on the time, and when to end
-        if progress() >= 1 or stop:
-            break
-        batch, cuts, n_lookahead = draw_batch(train_tokens, config, args, step)
-        kind = args.loss if args.loss != "kl-tv" else ("kl" if progress() < 0.75 else "tv")
-        step_loss = torch.zeros((), device=device)
-        for part in range(args.accumulate):
-            mine = slice((rank * args.accumulate + part) * share, (rank * args.accumulate + part + 1) * share)
-            waits = world > 1 and part < args.accumulate - 1  # gradients are exchanged once, behind the last part
-            with network.no_sync() if waits else nullcontext():
-                with autocast:
-                    loss = whole_loss(network, batch[mine].to(device), cuts[mine], n_lookahead, kind, args)
-                loss = loss / args.accumulate
-                scaler.scale(loss).backward()
-            step_loss += loss.detach()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args.lr, step, progress(), args.decay)
-            scaler.step(optimizer)
-            optimizer.zero_grad()
-        scaler.update()
-        step += 1
-        seconds += time.monotonic() - began
-        began = time.monotonic()
-        entry = {"step": step, "loss": mean(step_loss.item())[0]}
-        if rank:
-            continue  # one process validates, writes and prints
-        if step % args.eval_every == 0 or progress() >= 1:
-            with autocast:
-                n_groups = 0 if args.stage == "base" else 8
-                figures = losses.evaluate(model.eval(), windows, n_groups=n_groups, batch_size=min(16, share))
-            model.train()
-            entry |= {
-                "heldout_loss": figures["loss"],
-                "acceptance": figures["acceptance"],
-                "match": figures["match"],
-                "hits": figures["hits"],
-            }
-            accepted = " ".join(f"{value:.2f}" for value in figures["acceptance"])
-            bar.write(f"step {step}: held-out loss {figures['loss']:.3f}, acceptance {accepted}")
-        history.append(entry)
-        if step % args.save_every == 0:
-            save()
-        left = "" if args.steps else f", {max(0.0, args.minutes - seconds / 60):.1f} minutes left"
-        rate = tokens_per_step * bar.format_dict["rate"] if bar.format_dict["rate"] else 0.0
-        bar.set_postfix_str(f"loss {entry['loss']:.3f}, {rate:,.0f} tokens/s{left}", refresh=False)
-        bar.update()
-    bar.close()
-    if world > 1:
-        del network  # it holds the group, whose threads must not outlive the interpreter
         dist.destroy_process_group()
     if rank:
         return
-    save()
-    if stop:
-        print(f"stopped after step {step}; the same command with --resume goes on")
+    if not done:
+        print(f"stopped after step {trainer.step}; the same command with --resume goes on")
         return
-    if base:
+    if trainer.base:
         result = args.out / "table.safetensors"
-        hf.save_table(model, result)
-        use = f"--checkpoint {base} --lookahead-table {result}"
+        hf.save_table(trainer.model, result)
+        use = f"--checkpoint {trainer.base} --lookahead-table {result}"
     else:
         result = args.out / "model.pt"
-        checkpoint.save(result, model, encoding, record(), dtype=torch.bfloat16)
+        checkpoint.save(result, trainer.model, trainer.encoding, trainer.record(), dtype=torch.bfloat16)
         use = f"--checkpoint {result}"
     print(f"wrote {result}, log.jsonl and loss.png; try: python sample.py {use} --pass")
 

@@ -205,17 +205,15 @@ def stream(
         contexts, wanted, tree = prompts, [max_new_tokens] * len(prompts), trees[0]
         while max(wanted):
             left = [min(n, config.block_size - len(text)) for n, text in zip(wanted, contexts, strict=True)]
-            texts = [list(context) for context in contexts]
-            run = Run(decoder, texts, left, tree, stop_token=stop_token, prompt_lookup=prompt_lookup)
+            run = Run(decoder, contexts, left, tree, stop_token=stop_token, prompt_lookup=prompt_lookup)
             for record in rounds(run):
                 if adaptive:
                     adaptive.add(record)
                     tree = run.tree = adaptive.tree.cut(lookahead)
                 for b, tokens in enumerate(record.tokens):
-                    contexts[b] += tokens
                     wanted[b] = 0 if stop_token in tokens else wanted[b] - len(tokens)
                 yield record
-            contexts = [kept_context(context, config.block_size) for context in contexts]
+            contexts = [kept_context(text, config.block_size) for text in run.texts]
 
 
 @contextmanager

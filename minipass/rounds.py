@@ -209,7 +209,7 @@ class Run:
     def __init__(
         self,
         decoder: Decoder,
-        texts: list[list[int]],
+        texts: Sequence[Sequence[int]],
         remaining: list[int],
         tree: DraftTree,
         *,
@@ -217,7 +217,7 @@ class Run:
         prompt_lookup: int = 0,
     ) -> None:
         self.decoder, self.tree, self.remaining, self.stop_token = decoder, tree, remaining, stop_token
-        self.texts, self.prompt_lookup = texts, prompt_lookup
+        self.texts, self.prompt_lookup = [list(text) for text in texts], prompt_lookup
         self.lookups = [PromptLookup(text) for text in texts] if prompt_lookup else []
         for cache in (decoder.cache, decoder.draft_cache):
             if cache:
