@@ -4,7 +4,7 @@
 rounds.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -201,10 +201,12 @@ def stream(
         "sampling": {"temperature": temperature, "top_k": top_k, "top_p": top_p},
         "draft_model": draft_model if method == "speculative" else None,
     }
-    with _decoder(captures, generator, model, len(prompts), n_tokens + deepest + most_rows, **settings) as decoder:
+    n_slots = n_tokens + deepest + most_rows
+    with _decoders(captures, generator, model, len(prompts), n_slots, **settings) as decoder_for:
         contexts, wanted, tree = prompts, [max_new_tokens] * len(prompts), trees[0]
         while max(wanted):
             left = [min(n, config.block_size - len(text)) for n, text in zip(wanted, contexts, strict=True)]
+            decoder = decoder_for(sum(n > 0 for n in left))
             run = Run(decoder, contexts, left, tree, stop_token=stop_token, prompt_lookup=prompt_lookup)
             for record in rounds(run):
                 if adaptive:
@@ -217,23 +219,26 @@ def stream(
 
 
 @contextmanager
-def _decoder(
-    captures: dict | None, generator: torch.Generator | None, model: GPT, *sizes: int, **settings: Any
-) -> Iterator[Decoder]:
-    """A new decoder, or with captures one that has served before: its graphs know their own generator alone, so that
-    this one goes on from the state of the caller's and in the end gives it back."""
+def _decoders(
+    captures: dict | None, generator: torch.Generator | None, model: GPT, batch_size: int, n_slots: int, **settings: Any
+) -> Iterator[Callable[[int], Decoder]]:
+    """Gives a decoder for so many texts of the batch. With captures it is always the same one, for all texts, that may
+    have served before: its graphs know their own generator alone, so that this one goes on from the state of the
+    caller's and in the end gives it back."""
     if captures is None:
-        yield Decoder(model, *sizes, **settings, generator=generator)
+        yield lambda n_texts: Decoder(model, n_texts, n_slots, **settings, generator=generator)
         return
-    key = (model, *sizes, repr(settings["sampling"]), settings["rule"], settings["draft_model"])
+    key = (model, batch_size, n_slots, repr(settings["sampling"]), settings["rule"], settings["draft_model"])
     decoder = captures.pop(key, None)  # nobody else's as long as this generation goes on
-    decoder = decoder or Decoder(model, *sizes, **settings, generator=torch.Generator(model.device), graphs={})
+    if decoder is None:
+        own = torch.Generator(model.device)
+        decoder = Decoder(model, batch_size, n_slots, **settings, generator=own, graphs={})
     if generator is None:
         decoder.generator.manual_seed(int(torch.randint(2**62, ())))
     else:
         decoder.generator.set_state(generator.get_state())
     try:
-        yield decoder
+        yield lambda n_texts: decoder
     finally:
         if generator is not None:
             generator.set_state(decoder.generator.get_state())

@@ -93,6 +93,11 @@ class KVCache:
         values[self.batch, :, slots] = v.transpose(1, 2)
         return keys, values
 
+    def select(self, texts: torch.Tensor) -> None:
+        """Goes on with these rows of the batch alone: texts (B',) int64."""
+        self.keys, self.values, self.length = self.keys[:, texts], self.values[:, texts], self.length[texts]
+        self.batch = self.batch[: len(texts)]
+
     def gather(self, rows: torch.Tensor) -> None:
         """Moves rows of the last pass to its front: rows (B, K) int64, numbers within the pass, any order.
 

@@ -47,7 +47,7 @@ class Round:
     active: whether a prompt was still being continued when the round began.
     passes: (model, rows) of each forward pass, where the model is TARGET or DRAFTER.
     drafts (B, k) int64, draft_probs (B, D, V) and target_probs (B, k + 1, V): what was tested, None when nothing was;
-    a chain of D = k drafts, or a tree of k nodes and depth D.
+    a chain of D = k drafts, or a tree of k nodes and depth D. Without meaning where a prompt is not active.
     tree: of a fused round, how the drafts hang together; kept: which nodes are on the path that was kept, (B, k + 1)
     bool, None where that is said by n_accepted.
     """
@@ -112,6 +112,13 @@ class Decoder:
         self.batch = self.cache.batch
         self.going_on = torch.ones(batch_size, dtype=torch.bool, device=self.device)
         self.passes: list[tuple[int, int]] = []  # since a round was last recorded
+
+    def select(self, texts: torch.Tensor) -> None:
+        """Goes on with these texts of the batch alone: (B',) int64."""
+        for cache in (self.cache, self.draft_cache):
+            if cache:
+                cache.select(texts)
+        self.batch_size, self.batch, self.going_on = len(texts), self.cache.batch, self.going_on[texts]
 
     def run(self, function: Callable, *arguments: Any) -> Any:
         """function(self, *arguments); with graphs recorded when it is first called with arguments of these shapes."""
@@ -216,9 +223,13 @@ class Run:
         stop_token: int | None,
         prompt_lookup: int = 0,
     ) -> None:
+        """The decoder has a row for each text, or only for those with something remaining."""
         self.decoder, self.tree, self.remaining, self.stop_token = decoder, tree, remaining, stop_token
         self.texts, self.prompt_lookup = [list(text) for text in texts], prompt_lookup
         self.lookups = [PromptLookup(text) for text in texts] if prompt_lookup else []
+        all_texts = decoder.batch_size == len(texts)
+        self.rows = [b for b, left in enumerate(remaining) if all_texts or left]  # the text of each row of the decoder
+        decoder.passes = []
         for cache in (decoder.cache, decoder.draft_cache):
             if cache:
                 cache.length.zero_()
@@ -226,7 +237,20 @@ class Run:
 
     def tell_who_goes_on(self) -> None:
         """The cache of a text that has ended stays as it is."""
-        self.decoder.going_on.copy_(torch.tensor([left > 0 for left in self.remaining]), non_blocking=True)
+        going_on = torch.tensor([self.remaining[b] > 0 for b in self.rows])
+        self.decoder.going_on.copy_(going_on, non_blocking=True)
+
+    def without_ended(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Leaves ended texts out once half of the decoder's are: tensors (B, ...) to those of the rest.
+
+        A captured round keeps its shape.
+        """
+        places = [place for place, b in enumerate(self.rows) if self.remaining[b]]
+        if self.decoder.graphs is None and places and 2 * len(places) <= len(self.rows):
+            self.rows, index = [self.rows[place] for place in places], torch.tensor(places, device=self.decoder.device)
+            self.decoder.select(index)
+            tensors = tuple(each[index] for each in tensors)
+        return tensors
 
     @property
     def finished(self) -> bool:
@@ -244,14 +268,19 @@ class Run:
     def room_for_drafts(self, already: int = 0) -> int:
         return self.room_for(self.tree.depth[-1], already)
 
+    def prompts(self) -> list[list[int]]:
+        """The text of each row of the decoder so far."""
+        return [self.texts[b] for b in self.rows]
+
     def prefill(self, extra_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The first pass: the prompts, and behind each prompt's last token the rows extra_ids (k,).
 
         Returns the next token (B,), drawn from the target, and the logits of the extra rows, (B, k, V).
         """
         decoder = self.decoder
-        logits = prefill(decoder.model, decoder.cache, self.texts, extra_ids)
-        decoder.passes.append((TARGET, max(map(len, self.texts)) + len(extra_ids)))
+        prompts = self.prompts()
+        logits = prefill(decoder.model, decoder.cache, prompts, extra_ids)
+        decoder.passes.append((TARGET, max(map(len, prompts)) + len(extra_ids)))
         return decoder.next_token(logits), logits[:, 1:]
 
     def ends_with(self, tokens: torch.Tensor) -> bool:
@@ -261,16 +290,16 @@ class Run:
         """
         if max(self.remaining) <= 1 or self.decoder.graphs is not None:
             return max(self.remaining) <= 1
-        pairs = zip(self.remaining, tokens.tolist(), strict=True)
-        return all(remaining <= 1 or token == self.stop_token for remaining, token in pairs)
+        pairs = zip(self.rows, tokens.tolist(), strict=True)
+        return all(self.remaining[b] <= 1 or token == self.stop_token for b, token in pairs)
 
     def copied_drafts(self) -> torch.Tensor | None:
         """For each text what followed where its last tokens stood before, (B, k); -1 for the drafts of the look-ahead
         rows, where there is no such place. None when no text has one."""
         n_drafts = self.room_for(self.prompt_lookup)
-        found = [
-            lookup.drafts(n_drafts) if left else [] for lookup, left in zip(self.lookups, self.remaining, strict=False)
-        ]
+        if n_drafts == 0:
+            return None
+        found = [self.lookups[b].drafts(n_drafts) if self.remaining[b] else [] for b in self.rows]
         if not any(found):
             return None
         drafts = torch.tensor([each or [-1] * n_drafts for each in found])
@@ -281,19 +310,25 @@ class Run:
 
         Here, and nowhere else, the host waits for the device.
         """
-        decoder = self.decoder
-        record = Round([], [], [], [], [left > 0 for left in self.remaining], tuple(decoder.passes))
+        decoder, n_texts = self.decoder, len(self.texts)
+        record = Round(
+            tokens=[[] for _ in range(n_texts)],
+            origins=[[] for _ in range(n_texts)],
+            n_tested=[0] * n_texts,
+            n_accepted=[0] * n_texts,
+            active=[left > 0 for left in self.remaining],
+            passes=tuple(decoder.passes),
+        )
         decoder.passes = []
         n_drafts = verified.draft_probs.shape[1] if verified else 0
         if n_drafts:
-            fields = {name: getattr(verified, name) for name in ("drafts", "draft_probs", "target_probs", "kept")}
-            if decoder.graphs is not None:  # the next replay writes to the same memory
-                fields = {name: value if value is None else value.clone() for name, value in fields.items()}
-            record = replace(record, **fields, tree=verified.tree)
+            tensors = {name: getattr(verified, name) for name in ("drafts", "draft_probs", "target_probs", "kept")}
+            tensors = {name: self._for_all_texts(each) for name, each in tensors.items() if each is not None}
+            record = replace(record, **tensors, tree=verified.tree)
         columns = [free[:, None]] if free is not None else []
         if verified:
             columns += [torch.stack([verified.n_accepted, verified.last, verified.next_token], dim=1), verified.path]
-        for b, made in enumerate(torch.cat(columns, dim=1).tolist()):
+        for b, made in zip(self.rows, torch.cat(columns, dim=1).tolist(), strict=True):
             tokens, origins = ([made.pop(0)], [FREE]) if free is not None else ([], [])
             if verified:
                 n_accepted, last, next_token, *drafts = made
@@ -307,17 +342,23 @@ class Run:
                 self.remaining[b] = 0
             else:
                 self.remaining[b] -= end
-            kept = origins[:end].count(ACCEPTED)
-            record.tokens.append(tokens[:end])
-            record.origins.append(origins[:end])
-            record.n_accepted.append(kept)
-            record.n_tested.append(kept if end < len(tokens) else n_drafts)
+            record.tokens[b], record.origins[b] = tokens[:end], origins[:end]
+            record.n_accepted[b] = origins[:end].count(ACCEPTED)
+            record.n_tested[b] = record.n_accepted[b] if end < len(tokens) else n_drafts
             self.texts[b] += tokens[:end]
-        for lookup, tokens in zip(self.lookups, record.tokens, strict=False):
-            lookup.extend(tokens)
+            if self.lookups:
+                self.lookups[b].extend(tokens[:end])
         if record.active != [left > 0 for left in self.remaining]:
             self.tell_who_goes_on()
         return record
+
+    def _for_all_texts(self, of_rows: torch.Tensor) -> torch.Tensor:
+        """A tensor of the decoder's rows as one of all texts, zeros for those left out; it stays what it is."""
+        if len(self.rows) < len(self.texts):
+            of_all = of_rows.new_zeros(len(self.texts), *of_rows.shape[1:])
+            of_all[self.rows] = of_rows
+            return of_all
+        return of_rows if self.decoder.graphs is None else of_rows.clone()  # a replay writes to the same memory
 
 
 def prefill(model: GPT, cache: KVCache, prompts: list[list[int]], extra_ids: torch.Tensor) -> torch.Tensor:
@@ -351,6 +392,7 @@ def autoregressive(run: Run) -> Iterator[Round]:
     root, _ = run.prefill(_no_tokens(run.decoder))
     yield run.emit(free=root)
     while not run.finished:
+        (root,) = run.without_ended(root)
         root = run.decoder.run(plain_pass, root)
         yield run.emit(free=root)
 
@@ -390,8 +432,8 @@ def two_pass(run: Run, stand_ins: torch.Tensor) -> Iterator[Round]:
         yield run.emit(free=free, verified=verified)
         if run.finished:
             return
-        stand_ins = stand_ins[: run.room_for_drafts(already=1)]
-        free, draft_logits = run.decoder.run(draft_pass, stand_ins, verified.next_token)
+        (root,) = run.without_ended(verified.next_token)
+        free, draft_logits = run.decoder.run(draft_pass, stand_ins[: run.room_for_drafts(already=1)], root)
     yield run.emit(free=free)
 
 
@@ -430,6 +472,7 @@ def fused(run: Run) -> Iterator[Round]:
     root, draft_logits = run.prefill(group_ids(vocab_size, (run.room_for_drafts(already=1),), device))
     yield run.emit(free=root)
     while not run.finished:
+        root, draft_logits = run.without_ended(root, draft_logits)
         copied = run.copied_drafts()
         if copied is None:
             tree = run.tree.cut(min(draft_logits.shape[1], run.room_for_drafts()))
@@ -480,11 +523,12 @@ def speculative_round(
 def speculative(run: Run) -> Iterator[Round]:
     """Both models read the prompt first."""
     decoder = run.decoder
-    prefill(decoder.draft_model, decoder.draft_cache, run.texts, _no_tokens(decoder))
-    before = torch.tensor([text[-1] for text in run.texts], device=decoder.device)
+    prefill(decoder.draft_model, decoder.draft_cache, run.prompts(), _no_tokens(decoder))
+    before = torch.tensor([text[-1] for text in run.prompts()], device=decoder.device)
     root, _ = run.prefill(_no_tokens(decoder))
     yield run.emit(free=root)
     while not run.finished:
+        before, root = run.without_ended(before, root)
         verified, before = decoder.run(speculative_round, run.room_for_drafts(), before, root)
         root = verified.next_token
         yield run.emit(verified=verified)

@@ -162,7 +162,7 @@ class AdaptiveTree:
                 if record.active[b]:
                     self._count(tree, record.n_tested[b], kept[b], b)
         lengths = tree.lengths(max(tree.depth[-1], 1))
-        self.available = [lengths[max(i for i, kept in enumerate(own) if kept)] for own in kept]
+        self.available = [lengths[max((i for i, there in enumerate(own) if there), default=0)] for own in kept]
         self.n_rounds += 1
         if self.n_rounds >= self.next_choice:
             self.next_choice += min(self.n_rounds, MOST_ROUNDS_BETWEEN)

@@ -192,7 +192,7 @@ MISTAKES = {
     "drafts greedy, p not": (6, verify_pass, "drafts = decoder.draw(draft_probs)", "drafts = draft_probs.argmax(-1)"),
     "free token not verified": (6, verify_pass, "[free[:, None], drafts]", "[drafts, drafts[:, :1]]"),
     "free token forgotten": (6, two_pass, "run.emit(free=free, verified=verified)", "run.emit(verified=verified)"),
-    "next draft pass behind the free token": (6, two_pass, "stand_ins, verified.next_token", "stand_ins, free"),
+    "next draft pass behind the free token": (6, two_pass, "(verified.next_token)", "(free)"),
     "targets of the rows behind": (7, fused_round, "logits[:, :n_rows]", "logits[:, 1 : 1 + n_rows]"),
     "always the first group": (7, fused_round, "[verified.last]", "[verified.last * 0]"),
     "cut itself": (8, rows_after_cuts, "[..., None] + 1 +", "[..., None] +"),

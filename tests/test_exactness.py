@@ -246,7 +246,7 @@ def test_records_tell_what_was_drafted_and_what_became_of_it(method, model, draf
             n_drafts = record.drafts.shape[1]
             assert record.draft_probs.shape == (3, n_drafts, 11)
             assert record.target_probs.shape == (3, n_drafts + 1, 11)
-            assert (record.draft_probs.gather(2, record.drafts[..., None]) > 0).all()
+            assert (record.draft_probs.gather(2, record.drafts[..., None]) > 0)[record.active].all()
     again = generate(model, prompts, 30, generator=torch.Generator().manual_seed(3), **settings)
     assert again.tokens == texts, "the same seed gives the same text, streamed or not"
     if method != "autoregressive":
@@ -324,6 +324,27 @@ def test_a_generation_is_the_sum_of_its_records(method, lively_model, lively_dra
         numbers = [number for record in records for number in getattr(record, name)]
         assert counts == [sum(number > position for number in numbers) for position in range(len(counts))]
         assert sum(counts) == sum(numbers)
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_texts_that_have_ended_leave_the_batch_once_they_are_half_of_it(
+    method, lively_model, lively_draft, monkeypatch
+):
+    sizes, forward = [], type(lively_model).forward
+
+    def counted(model, ids, *arguments, **more):
+        sizes.append(len(ids))
+        return forward(model, ids, *arguments, **more)
+
+    monkeypatch.setattr(type(lively_model), "forward", counted)
+    prompts = [[token, 3, 8] for token in range(8)]
+    settings = {**WAYS[method], "draft_model": lively_draft, "stop_token": 8}
+    result = generate(lively_model, prompts, 60, **settings)  # past the window
+    batch_sizes = set(sizes)
+    assert max(batch_sizes) == 8 > min(batch_sizes)
+    assert sizes == sorted(sizes, reverse=True)
+    monkeypatch.undo()
+    assert result.tokens == [plain_greedy(lively_model, prompt, 60, 8) for prompt in prompts]
 
 
 def test_another_seed_gives_another_text(lively_model):
