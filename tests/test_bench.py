@@ -11,7 +11,7 @@ import torch
 from conftest import random_model
 
 from minipass import checkpoint
-from minipass.benchmark import contenders, experiments, peers, quality
+from minipass.benchmark import contenders, costs, experiments, peers, quality, trained
 from minipass.benchmark.measuring import (
     Contender,
     Sample,
@@ -138,7 +138,7 @@ def test_a_constant_p_is_kept_as_often_as_the_mean_distribution_meets_each(model
     q = model(windows).softmax(-1).flatten(0, 1)
     p = q.mean(0)
     expected = sum(min(p[token], each[token]).item() for each in q for token in range(11)) / 10
-    assert experiments.constant_acceptance(model, windows) == pytest.approx(expected, abs=1e-5)
+    assert trained.constant_acceptance(model, windows) == pytest.approx(expected, abs=1e-5)
 
 
 # Quality.
@@ -213,12 +213,12 @@ def test_log_likelihood_is_the_mean_over_each_texts_own_tokens(model):
 
 def test_a_training_curve_has_minutes_and_the_first_position(tmp_path):
     log = tmp_path / "log.jsonl"
-    assert experiments.training_curve(log, {}) == []
+    assert trained.training_curve(log, {}) == []
     log.write_text('{"step": 1}\n{"step": 5, "acceptance": [0.3, 0.1]}\n{"step": 10, "acceptance": []}\n')
-    assert experiments.training_curve(log, {"step": 10, "seconds": 120}) == [(1.0, 0.3)]
+    assert trained.training_curve(log, {"step": 10, "seconds": 120}) == [(1.0, 0.3)]
     log.write_text("no log\n")
     with pytest.raises(InputError, match="not the log"):
-        experiments.training_curve(log, {"step": 10, "seconds": 120})
+        trained.training_curve(log, {"step": 10, "seconds": 120})
 
 
 @pytest.mark.skipif(not peers.installed(), reason="transformers is not installed")
@@ -266,8 +266,8 @@ def run(folder, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "SHIPPED", folder)
     monkeypatch.setattr(contenders, "read_documents", lambda source: read_documents(
         folder / "code" if source == "docstrings" else source))  # fmt: skip
-    monkeypatch.setattr(experiments, "LARGER", ((1, 2, 32),))
-    monkeypatch.setattr(experiments, "PASS_REPEATS", 2)
+    monkeypatch.setattr(costs, "LARGER", ((1, 2, 32),))
+    monkeypatch.setattr(costs, "PASS_REPEATS", 2)
     few = "--prompts 2 --prompt-tokens 20 --new-tokens 16 --samples 3 --dtype float32 --device cpu".split()
 
     def run(*arguments) -> SimpleNamespace:
