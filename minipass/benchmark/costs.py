@@ -119,7 +119,8 @@ def sizes(bench: Bench) -> Report:
         model = random_model(bench, config) if config else subject
         shape = model.config
         title = f"{shape.n_layer} layers, width {shape.n_embd}, {weights_read(model) / 1e6:.3g}M"
-        settings = [{"captures": bench.captures and {}, **each} for each in ways.values()]
+        captures = None if bench.captures is None else {}  # these graphs go with their model
+        settings = [{"captures": captures, **each} for each in ways.values()]
         seconds = round_quartiles(model, [0] * bench.prompt_tokens, TIMED_ROUNDS, settings)
         plain = seconds[0][1]
         share = weights_read(model) * model.wte.weight.element_size() / bandwidth / plain
