@@ -156,7 +156,8 @@ def auto(bench: Bench) -> Report:
         add = partial(bench.ours, subject=bench.subject, domain=domain, decoding=GREEDY, baseline=plain)
         contenders = [plain]
         contenders += [add("fused", method="pass", lookahead=L) for L in lengths]
-        contenders += [add(f"tree of {n}", **bench.tree(lengths[-1], n)) for n in TREE_SIZES[:3]]
+        trees = {n: bench.tree(lengths[-1], n) for n in TREE_SIZES[:3]}
+        contenders += [add(f"tree of {n}", **tree) for n, tree in trees.items() if tree["tree"].width > 1]  # no chains
         contenders.append(add("auto", **bench.adaptive(GREEDY)))
         rows = figures(contenders, take_turns(contenders, bench.seed, domain))
         data[domain] = {"rows": rows, "teacher_forced": bench.forced(bench.subject, domain)}
