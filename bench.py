@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto)")
-    add("--eager", action="store_true", help="on CUDA, do not replay rounds as graphs")
+    add("--compile", action="store_true", help="on CUDA: replay passes and rounds of all methods as graphs")
     add("--json", type=Path, metavar="PATH", help="also write all figures there, after each experiment; those of other "
         "experiments that are there stay")  # fmt: skip
     add("--plots", type=Path, metavar="FOLDER", help="also draw pictures into it")
@@ -68,6 +68,8 @@ def prepare(args: argparse.Namespace) -> Bench:
     """Loads the checkpoints and sees that they fit together, before anything is measured."""
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
+    if args.compile and not capture.available(device):
+        raise InputError(f"--compile needs CUDA, and the device is {device}")
 
     def load(name: str) -> Subject:
         return Subject(name, checkpoint.load(name, device=device, dtype=dtype))
@@ -121,7 +123,7 @@ def prepare(args: argparse.Namespace) -> Bench:
         new_tokens=args.new_tokens,
         n_samples=args.samples,
         seed=args.seed,
-        captures={} if capture.available(device) and not args.eager else None,
+        captures={} if args.compile else None,
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from minipass import capture, checkpoint, hf
+from minipass import checkpoint, hf
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.errors import InputError
 from minipass.generate import (
@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, bfloat16 where "
         "the hardware has it)")  # fmt: skip
-    add("--eager", action="store_true", help="on CUDA, do not replay rounds as graphs")
+    add("--compile", action="store_true", help="on CUDA: record what a round computes as a graph, and replay it")
     add("--checkpoint", default="joint", help="a file, the name of one in the package, or a GPT-2: gpt2 .. gpt2-xl or "
         "a folder with its files (default: %(default)s)")  # fmt: skip
     add("--lookahead-table", metavar="FILE", help="take the look-ahead tokens from this file")
@@ -233,7 +233,7 @@ def main() -> None:
             captures=captures,
         )
 
-    captures = {} if capture.available(device) and not args.eager else None
+    captures = {} if args.compile else None
     drafts = drafting(loaded, args, captures)
     if args.compare:
         compare(rounds_of, drafts)

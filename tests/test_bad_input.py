@@ -85,6 +85,7 @@ SAMPLE_MISTAKES = [
     ["--pass", "--prompt-lookup", "-1"],
     ["--prompt-lookup", "257"],
     ["--pass", "two-pass", "--prompt-lookup"],
+    ["--pass", "--compile", "--device", "cpu"],
     ["--temperature", "-1"],
     ["--temperature", "nan"],
     ["--temperature", "inf"],

@@ -356,6 +356,7 @@ MISTAKES = [
     ["--compare", "x" * 300],
     ["--json", "/"],
     ["--plots", "/dev/null/folder"],
+    ["--compile"],
 ]
 
 

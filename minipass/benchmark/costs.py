@@ -42,7 +42,7 @@ def cost(bench: Bench) -> Report:
         model = random_model(bench, size) if size else bench.subject.model
         n_weights = weights_read(model)
         kinds = [(0, n_rows) for n_rows in ROWS]
-        seconds = pass_seconds([model], kinds, bench.prompt_tokens, PASS_REPEATS)
+        seconds = pass_seconds([model], kinds, bench.prompt_tokens, PASS_REPEATS, bench.captures is not None)
         floor = n_weights * model.wte.weight.element_size() / bandwidth
         title = f"{model.config.n_layer} layers, width {model.config.n_embd}, {n_weights / 1e6:.3g}M"
         rows.append(
@@ -165,7 +165,8 @@ def check(bench: Bench) -> Report:
     samples = take_turns(contenders, bench.seed, "check")
     kinds = sorted({kind for own in samples for sample in own for kind in sample.passes} | {(0, 1)})
     models = max((each.models for each in contenders), key=len)
-    seconds = pass_seconds(models, kinds, bench.prompt_tokens + bench.new_tokens // 2, PASS_REPEATS)
+    context, captured = bench.prompt_tokens + bench.new_tokens // 2, bench.captures is not None
+    seconds = pass_seconds(models, kinds, context, PASS_REPEATS, captured)
     ratios = np.median(seconds / seconds[:, kinds.index((0, 1)), None], axis=0)  # paired within each turn
     cost_of = dict(zip(kinds, ratios.tolist(), strict=True))
     one_row = float(np.median(seconds[:, kinds.index((0, 1))]))

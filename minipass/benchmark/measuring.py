@@ -195,10 +195,12 @@ def round_quartiles(model: GPT, prompt: list[int], n_rounds: int, ways: Sequence
 
 
 @torch.inference_mode()
-def pass_seconds(models: Sequence[GPT], kinds: Sequence[tuple[int, int]], context: int, repeats: int) -> np.ndarray:
+def pass_seconds(
+    models: Sequence[GPT], kinds: Sequence[tuple[int, int]], context: int, repeats: int, captured: bool = False
+) -> np.ndarray:
     """Seconds of passes of each kind, (model, rows), behind `context` cached tokens: (repeats, kinds).
 
-    The kinds take turns in every repeat; one untimed turn goes before. On CUDA they are captured.
+    The kinds take turns in every repeat; one untimed turn goes before. captured: as CUDA graphs.
     """
     device, most = models[0].device, max(rows for _, rows in kinds)
     caches = [KVCache(each.config, 1, context + most, device=device, dtype=each.dtype) for each in models]
@@ -211,7 +213,7 @@ def pass_seconds(models: Sequence[GPT], kinds: Sequence[tuple[int, int]], contex
             return models[which](ids, path_layout(ids.shape[1], device), caches[which])
 
         ids = torch.zeros(1, rows, dtype=torch.int64, device=device)
-        if capture.available(device):
+        if captured:
             one_pass = capture.Graph(one_pass, [ids], [], torch.Generator(device))
         passes.append(partial(one_pass, ids))
     seconds = np.zeros((1 + repeats, len(kinds)))
