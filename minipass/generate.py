@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from minipass import capture
+from minipass.decoder import DRAFTER, TARGET, Decoder
 from minipass.errors import InputError
 from minipass.layout import DraftTree, chain, lookahead_ids
 from minipass.model import GPT
@@ -20,10 +21,7 @@ from minipass.rounds import (
     ACCEPTED,
     BONUS,
     CORRECTED,
-    DRAFTER,
     FREE,
-    TARGET,
-    Decoder,
     Round,
     Run,
     autoregressive,

@@ -205,3 +205,9 @@ def lookahead_ids(vocab_size: int, *lengths: int) -> torch.Tensor:
     Look-ahead token [LA]_i has the input id vocab_size + i - 1, behind all ordinary tokens; it is never an output.
     """
     return torch.cat([vocab_size + torch.arange(length) for length in lengths])
+
+
+@lru_cache(maxsize=256)
+def group_ids(vocab_size: int, lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """These on a device, made once."""
+    return lookahead_ids(vocab_size, *lengths).to(device)

@@ -9,10 +9,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minipass import capture
+from minipass.decoder import Decoder
 from minipass.generate import RULES, generate, stream
 from minipass.layout import DraftTree, chain
 from minipass.model import GPT, GPTConfig
-from minipass.rounds import Decoder, copied_chain, draft_pass, fused_round, plain_pass, speculative_round, verify_pass
+from minipass.rounds import copied_chain, draft_pass, fused_round, plain_pass, speculative_round, verify_pass
 
 TREE = DraftTree((0, 0, 0, 1, 1, 2, 4))
 SPARSE = DraftTree(TREE.parents, groups=(3, 1, 2, 0, 0, 1, 0, 0))

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import chi_square_p_value, random_model, sequence_probabilities
 
-import minipass.rounds
+import minipass.decoder
+from minipass.decoder import TARGET
 from minipass.errors import InputError
 from minipass.generate import ACCEPTED, BONUS, CORRECTED, FREE, METHODS, RULES, generate, stream
 from minipass.layout import DraftTree
-from minipass.rounds import TARGET
 from minipass.sampling import draw, probabilities, speculative_accept
 
 TREE = DraftTree((0, 0, 0, 1, 1, 2, 4))  # three drafts for the next token, two and one behind, one more behind one
@@ -197,7 +197,7 @@ def without_bonus(draft_tokens, draft_probs, target_probs, generator=None):
 @pytest.mark.parametrize("bug", [without_residual, without_bonus])
 @pytest.mark.parametrize("method", ["pass", "pass-two-pass", "speculative"])
 def test_a_broken_acceptance_sampler_is_caught(method, bug, tiny, tiny_draft, monkeypatch):
-    monkeypatch.setattr(minipass.rounds, "speculative_accept", bug)
+    monkeypatch.setattr(minipass.decoder, "speculative_accept", bug)
     settings = {**WAYS[method], "lookahead": 1, "draft_model": tiny_draft, "temperature": 1.0}
     p_value = sampled_p_value(tiny, [[1, 2, 3]], 4, 0, **settings)
     assert p_value < 1e-6
@@ -220,8 +220,8 @@ def test_top_k_on_one_side_of_the_ratio_only_is_caught(method, side, tiny, monke
             target_probs = without_top_k[target_probs.data_ptr()]
         return speculative_accept(draft_tokens, draft_probs, target_probs, generator)
 
-    monkeypatch.setattr(minipass.rounds, "probabilities", probabilities_twice)
-    monkeypatch.setattr(minipass.rounds, "speculative_accept", accept_with_one_side_untruncated)
+    monkeypatch.setattr(minipass.decoder, "probabilities", probabilities_twice)
+    monkeypatch.setattr(minipass.decoder, "speculative_accept", accept_with_one_side_untruncated)
     assert sampled_p_value(tiny, [[1, 2, 3]], 4, 0, **WAYS[method], lookahead=3, temperature=0.8, top_k=2) < 1e-6
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from minipass.decoder import prefill
 from minipass.errors import InputError
 from minipass.layout import chain, draft_layout, fused_layout, lookahead_ids, path, path_layout, with_groups
 from minipass.model import GPT, GPTConfig, KVCache
-from minipass.rounds import prefill
 
 CPU = torch.device("cpu")
 LENGTHS = [7, 3, 12]  # of three texts that stand in one batch

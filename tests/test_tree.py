@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import chi_square_p_value, random_model, sequence_probabilities
 
+import minipass.decoder
 import minipass.rounds
 import minipass.sampling
 from minipass.generate import ACCEPTED, BONUS, CORRECTED, RULES, generate, stream
@@ -160,7 +161,7 @@ def test_greedy_equality_catches_a_wrong_mask_and_a_wrong_gather(rule, bug, live
 
 
 def test_candidates_that_are_not_tested_in_the_order_they_were_drawn_are_caught(tiny, monkeypatch):
-    monkeypatch.setattr(minipass.rounds, "draw_candidates", lambda *args: draw_candidates(*args).flip(-1))
+    monkeypatch.setattr(minipass.decoder, "draw_candidates", lambda *args: draw_candidates(*args).flip(-1))
     assert tree_p_value(tiny, "recursive") < 1e-6
 
 
