@@ -123,16 +123,15 @@ def drafting(loaded: checkpoint.Checkpoint, args: argparse.Namespace, captures: 
     method, hits = METHOD_OF[args.variant], loaded.record.get("hits", [])
     if args.variant is None and args.prompt_lookup:
         method = "prompt-lookup"
-    copies = {"prompt_lookup": args.prompt_lookup or None}
     if args.lookahead == AUTO:
         if not hits:
             raise InputError(f"{args.checkpoint} has no record of how often its drafts are right; give --lookahead")
         sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
         hits = hits[:MOST_AUTO_LOOKAHEAD]
         seconds = round_seconds(loaded.model, hits, captures=captures, **sampling)
-        return {"method": "pass-tree", "tree": AdaptiveTree(hits, seconds), **copies}
+        return {"method": "pass-tree", "tree": AdaptiveTree(hits, seconds), "prompt_lookup": args.prompt_lookup}
     tree = best_tree(hits[: args.lookahead], args.tree_size) if hits and method == "pass-tree" else None
-    return {"method": method, "lookahead": args.lookahead, "tree": tree, **copies}
+    return {"method": method, "lookahead": args.lookahead, "tree": tree, "prompt_lookup": args.prompt_lookup}
 
 
 def read_prompt(argument: str | None) -> bytes:

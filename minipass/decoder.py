@@ -29,8 +29,8 @@ class Verified(NamedTuple):
     last: torch.Tensor
     next_token: torch.Tensor
     path: torch.Tensor
-    tree: DraftTree | None = None
-    kept: torch.Tensor | None = None
+    tree: DraftTree
+    kept: torch.Tensor | None
 
 
 class Decoder:
@@ -52,23 +52,27 @@ class Decoder:
         draft_model: GPT | None = None,
         graphs: dict | None = None,
     ) -> None:
-        self.model, self.draft_model, self.batch_size = model, draft_model, batch_size
+        self.model = model
         self.rule, self.sampling, self.generator, self.graphs = rule, sampling, generator, graphs
         self.device = model.device
-        self.cache, self.draft_cache = (
-            KVCache(each.config, batch_size, max_len, device=each.device, dtype=each.dtype) if each else None
-            for each in (model, draft_model)
-        )
-        self.batch = self.cache.batch
+        self.models = [model, draft_model] if draft_model else [model]  # by TARGET, DRAFTER
+        self.caches = [
+            KVCache(each.config, batch_size, max_len, device=each.device, dtype=each.dtype) for each in self.models
+        ]
+        self.cache = self.caches[TARGET]
         self.going_on = torch.ones(batch_size, dtype=torch.bool, device=self.device)
         self.passes: list[tuple[int, int]] = []  # since a round was last recorded
 
     def select(self, texts: torch.Tensor) -> None:
         """Goes on with these texts of the batch alone: (B',) int64."""
-        for cache in (self.cache, self.draft_cache):
-            if cache:
-                cache.select(texts)
-        self.batch_size, self.batch, self.going_on = len(texts), self.cache.batch, self.going_on[texts]
+        for cache in self.caches:
+            cache.select(texts)
+        self.going_on = self.going_on[texts]
+
+    @property
+    def batch_size(self) -> int:
+        """Texts that are worked on."""
+        return len(self.going_on)
 
     def run(self, function: Callable, *arguments: Any) -> Any:
         """function(self, *arguments); with graphs recorded when it is first called with arguments of these shapes."""
@@ -83,7 +87,7 @@ class Decoder:
                 self.passes, left = [], iter(values)
                 return function(self, *(next(left) if isinstance(each, torch.Tensor) else each for each in arguments))
 
-            lengths = [cache.length for cache in (self.cache, self.draft_cache) if cache]
+            lengths = [cache.length for cache in self.caches]
             self.graphs[key] = capture.Graph(of_tensors, tensors, lengths, self.generator), self.passes
         graph, passes = self.graphs[key]
         self.passes = before + passes
@@ -92,8 +96,7 @@ class Decoder:
     def forward(self, ids: torch.Tensor, layout: Layout, which: int = TARGET) -> torch.Tensor:
         """One pass behind the cache: ids (B, R) to logits (B, R, V). None of its rows is kept yet."""
         self.passes.append((which, ids.shape[1]))
-        model, cache = (self.model, self.cache) if which == TARGET else (self.draft_model, self.draft_cache)
-        return model(ids, layout, cache)
+        return self.models[which](ids, layout, self.caches[which])
 
     def keep(self, n_rows: torch.Tensor | int) -> None:
         """Counts the first n_rows of the last pass in; what lies behind is thereby dropped. Ended prompts stand."""
@@ -138,14 +141,14 @@ class Decoder:
         return drafts, draft_probs
 
     def accept(
-        self, drafts: torch.Tensor, draft_probs: torch.Tensor, target_probs: torch.Tensor, tree: DraftTree | None = None
+        self, drafts: torch.Tensor, draft_probs: torch.Tensor, target_probs: torch.Tensor, tree: DraftTree
     ) -> Verified:
-        """Tests a chain of drafts (B, k), or a tree of them, and keeps the root and what was accepted in the cache."""
+        """Tests a tree of drafts, such as a chain, (B, k), and keeps the root and what was accepted in the cache."""
         given = (drafts, draft_probs, target_probs)
-        if tree is None or (tree.width == 1 and (self.rule == "recursive" or self.sampling["temperature"] == 0)):
+        if tree.width == 1 and (self.rule == "recursive" or self.sampling["temperature"] == 0):
             n_accepted, next_token = speculative_accept(*given, self.generator)
             self.keep(1 + n_accepted)  # of a chain the rows are where they belong
-            return Verified(*given, n_accepted, n_accepted, next_token, path=drafts, tree=tree)
+            return Verified(*given, n_accepted, n_accepted, next_token, path=drafts, tree=tree, kept=None)
         p = None if self.rule == "matching" else draft_probs
         kept, next_token = tree_accept(tree, drafts, p, target_probs, self.generator)
         rows = (~kept).long().argsort(dim=1, stable=True)  # (B, N + 1), the kept nodes in front

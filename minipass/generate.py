@@ -15,7 +15,7 @@ import torch
 from minipass import capture
 from minipass.decoder import DRAFTER, TARGET, Decoder
 from minipass.errors import InputError
-from minipass.layout import DraftTree, chain, lookahead_ids
+from minipass.layout import DraftTree, chain, group_ids
 from minipass.model import GPT
 from minipass.rounds import (
     ACCEPTED,
@@ -181,7 +181,7 @@ def stream(
         raise InputError(f"rounds can be captured on CUDA only, not on {model.device}")
     rounds = {
         "autoregressive": autoregressive,
-        "pass-two-pass": lambda run: two_pass(run, lookahead_ids(config.vocab_size, lookahead).to(model.device)),
+        "pass-two-pass": lambda run: two_pass(run, group_ids(config.vocab_size, (lookahead,), model.device)),
         "fixed-token": lambda run: two_pass(run, torch.full((lookahead,), fixed_token, device=model.device)),
         "pass": fused,
         "pass-tree": fused,

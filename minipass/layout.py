@@ -134,6 +134,7 @@ class DraftTree:
         return [min(n, n_lookahead) for n in self.groups or [n_lookahead] * len(self.depth)]
 
 
+@lru_cache(maxsize=256)
 def chain(n_drafts: int) -> DraftTree:
     """The tree without a fork: d_1..d_L."""
     return DraftTree(tuple(range(n_drafts)))

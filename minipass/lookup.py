@@ -32,8 +32,6 @@ class PromptLookup:
         for n in NGRAMS:
             start = self.follows.get(tuple(self.text[-n:]))
             if start is not None:
-                copied = list(self.text)
-                for i in range(n_drafts):
-                    copied.append(copied[start + i])
-                return copied[len(self.text) :]
+                followed = self.text[start : start + n_drafts]
+                return [followed[i % len(followed)] for i in range(n_drafts)]
         return []

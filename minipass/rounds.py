@@ -7,7 +7,8 @@ invariant between rounds: the cache holds the keys and values of all emitted tok
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 
@@ -29,8 +30,8 @@ class Round:
     passes: (model, rows) of each forward pass, where the model is TARGET or DRAFTER.
     drafts (B, k) int64, draft_probs (B, D, V) and target_probs (B, k + 1, V): what was tested, None when nothing was;
     a chain of D = k drafts, or a tree of k nodes and depth D. Without meaning where a prompt is not active.
-    tree: of a fused round, how the drafts hang together; kept: which nodes are on the path that was kept, (B, k + 1)
-    bool, None where that is said by n_accepted.
+    tree: how the drafts hang together; last: the node of the last one kept, 0 is the root; kept: which nodes are on the
+    path that was kept, (B, k + 1) bool, None for a chain that speculative_accept tested.
     """
 
     tokens: list[list[int]]
@@ -44,6 +45,7 @@ class Round:
     target_probs: torch.Tensor | None = None
     tree: DraftTree | None = None
     kept: torch.Tensor | None = None
+    last: list[int] = field(default_factory=list)
 
 
 class Run:
@@ -69,9 +71,8 @@ class Run:
         all_texts = decoder.batch_size == len(texts)
         self.rows = [b for b, left in enumerate(remaining) if all_texts or left]  # the text of each row of the decoder
         decoder.passes = []
-        for cache in (decoder.cache, decoder.draft_cache):
-            if cache:
-                cache.length.zero_()
+        for cache in decoder.caches:
+            cache.length.zero_()
         self.tell_who_goes_on()
 
     def tell_who_goes_on(self) -> None:
@@ -157,6 +158,7 @@ class Run:
             n_accepted=[0] * n_texts,
             active=[left > 0 for left in self.remaining],
             passes=tuple(decoder.passes),
+            last=[0] * n_texts,
         )
         decoder.passes = []
         n_drafts = verified.draft_probs.shape[1] if verified else 0
@@ -172,9 +174,10 @@ class Run:
             if verified:
                 n_accepted, last, next_token, *drafts = made
                 tokens += drafts[:n_accepted] + [next_token]
-                none_left = n_accepted == n_drafts or (verified.tree and last not in verified.tree.parents)
+                none_left = last not in verified.tree.parents
                 origins += [ACCEPTED] * n_accepted
                 origins.append(FREE if n_drafts == 0 else BONUS if none_left else CORRECTED)
+                record.last[b] = last
             end = min(len(tokens), self.remaining[b])
             if self.stop_token in tokens[:end]:
                 end = tokens.index(self.stop_token) + 1
@@ -241,7 +244,7 @@ def verify_pass(decoder: Decoder, free: torch.Tensor, draft_logits: torch.Tensor
     drafts = decoder.draw(draft_probs)  # (B, k)
     rows = torch.cat([free[:, None], drafts], dim=1)
     target_probs = decoder.probs(decoder.forward(rows, path_layout(rows.shape[1], decoder.device)))
-    return decoder.accept(drafts, draft_probs, target_probs)
+    return decoder.accept(drafts, draft_probs, target_probs, chain(drafts.shape[1]))
 
 
 def two_pass(run: Run, stand_ins: torch.Tensor) -> Iterator[Round]:
@@ -285,7 +288,7 @@ def fused_round(
     target_probs = decoder.probs(logits[:, :n_rows])  # (B, N + 1, V)
     verified = decoder.accept(drafts, draft_probs, target_probs, tree)
     next_rows = group_rows(tree, n_lookahead, device)[verified.last]  # (B, n_lookahead)
-    return verified, logits[decoder.batch, next_rows]
+    return verified, logits[decoder.cache.batch, next_rows]
 
 
 def fused(run: Run) -> Iterator[Round]:
@@ -307,6 +310,7 @@ def fused(run: Run) -> Iterator[Round]:
         yield run.emit(verified=verified)
 
 
+@lru_cache(maxsize=256)
 def copied_chain(n_drafts: int, n_lookahead: int) -> DraftTree:
     """A chain of copied drafts. It has look-ahead tokens behind the root alone, for the case that none was right: where
     all were, the text most likely goes on repeating itself."""
@@ -325,28 +329,28 @@ def speculative_round(
     """
     device, vocab_size = decoder.device, decoder.model.config.vocab_size
     drafts = root.new_empty(len(root), 0)
-    probs_dtype = torch.float64 if decoder.model.dtype == torch.float64 else torch.float32
-    draft_probs = torch.empty(len(root), 0, vocab_size, dtype=probs_dtype, device=device)
+    draft_probs = decoder.probs(torch.empty(len(root), 0, vocab_size, dtype=decoder.model.dtype, device=device))
     # The draft model has not seen the last draft if all were kept, so it starts at the token before the root.
-    decoder.draft_cache.length.copy_(decoder.cache.length - 1)
+    draft_cache = decoder.caches[DRAFTER]
+    draft_cache.length.copy_(decoder.cache.length - 1)
     rows = torch.stack([before, root], dim=1)
     for _ in range(n_drafts):
         logits = decoder.forward(rows, path_layout(rows.shape[1], device), DRAFTER)
-        decoder.draft_cache.length += rows.shape[1]
+        draft_cache.length += rows.shape[1]
         p = decoder.probs(logits[:, -1:])  # (B, 1, V)
         rows = decoder.draw(p)  # (B, 1)
         drafts, draft_probs = torch.cat([drafts, rows], dim=1), torch.cat([draft_probs, p], dim=1)
 
     rows = torch.cat([root[:, None], drafts], dim=1)
     target_probs = decoder.probs(decoder.forward(rows, path_layout(1 + n_drafts, device)))
-    verified = decoder.accept(drafts, draft_probs, target_probs)
+    verified = decoder.accept(drafts, draft_probs, target_probs, chain(n_drafts))
     return verified, rows.gather(1, verified.last[:, None]).squeeze(1)
 
 
 def speculative(run: Run) -> Iterator[Round]:
     """Both models read the prompt first."""
     decoder = run.decoder
-    prefill(decoder.draft_model, decoder.draft_cache, run.prompts(), _no_tokens(decoder))
+    prefill(decoder.models[DRAFTER], decoder.caches[DRAFTER], run.prompts(), _no_tokens(decoder))
     before = torch.tensor([text[-1] for text in run.prompts()], device=decoder.device)
     root, _ = run.prefill(_no_tokens(decoder))
     yield run.emit(free=root)

@@ -18,6 +18,8 @@ from minipass.layout import DraftTree, chain
 from minipass.model import GPT
 
 Hits = Sequence[Sequence[float]]  # (L, K): how often the draft of each rank is right at each depth, losses.evaluate's
+N_WARM_UP = 3  # rounds: the first is prefill
+MANY_TOKENS = 10_000  # more than are made
 MOST_AUTO_LOOKAHEAD = 5  # deeper trees are not worth the time to try them
 SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)  # of the hits, for which an AdaptiveTree keeps a tree ready
 PRIOR_TESTS, FORGET = 6.0, 0.95  # what was seen weighs less from one choice to the next
@@ -107,22 +109,31 @@ def fastest_tree(hits: Hits, seconds: Callable[[int], float]) -> DraftTree:
     return max(shapes, key=lambda shape: expected_tokens(shape, hits) / seconds(n_rows(shape)))
 
 
-def round_seconds(model: GPT, hits: Hits, n_rounds: int = 12, **settings: Any) -> Callable[[int], float]:
+def round_times(model: GPT, prompt: list[int], ways: Sequence[dict], n_rounds: int) -> list[list[float]]:
+    """Seconds of n_rounds rounds in each of several ways, stream's settings, that take turns; after a warm-up.
+
+    A round has waited for the device when it is there, so that the clock needs no more.
+    """
+    runs = [stream(model, prompt, MANY_TOKENS, **settings) for settings in ways]
+    times: list[list[float]] = [[] for _ in ways]
+    for turn in range(N_WARM_UP + n_rounds):
+        for run, own in zip(runs, times, strict=True):
+            began = time.perf_counter()
+            next(run)
+            if turn >= N_WARM_UP:
+                own.append(time.perf_counter() - began)
+    return times
+
+
+def round_seconds(model: GPT, hits: Hits, n_rounds: int = 9, **settings: Any) -> Callable[[int], float]:
     """Measures rounds with trees of several sizes in turns; returns the time of a round, interpolated over rows.
 
     settings: more of stream's, temperature and the like. Takes a fraction of a second for a small model on a CPU.
     """
     trees = [best_tree(hits, n) for n in (1, 2, 4, 8, 16, 32)]
     prompt = [0] * max(1, model.config.block_size // 4)
-    runs = [stream(model, prompt, model.config.block_size, method="pass-tree", tree=tree, **settings) for tree in trees]
-    times: list[list[float]] = [[] for _ in trees]
-    for _ in range(n_rounds):
-        for run, measured in zip(runs, times, strict=True):
-            began = time.perf_counter()
-            next(run, None)  # None: the text has filled the window
-            measured.append(time.perf_counter() - began)
-    medians = [statistics.median(measured[2:]) for measured in times]  # the first rounds are prefill and warm-up
-    rows = [n_rows(tree) for tree in trees]
+    times = round_times(model, prompt, [{"method": "pass-tree", "tree": tree, **settings} for tree in trees], n_rounds)
+    rows, medians = [n_rows(tree) for tree in trees], [statistics.median(own) for own in times]
     return lambda n: float(np.interp(n, rows, medians))
 
 
@@ -153,34 +164,29 @@ class AdaptiveTree:
         if tree is None:
             self.available = []  # a new text: prefill has all look-ahead tokens
             return
-        if record.kept is None:  # a chain
-            kept = [[i <= n for i in range(len(tree.depth))] for n in record.n_accepted]
-        else:
-            kept = record.kept.tolist()
         if tree == self.tree.cut(tree.depth[-1]):  # else its drafts were not those of look-ahead tokens alone
-            for b in range(len(record.tokens)):
+            for b, last in enumerate(record.last):
                 if record.active[b]:
-                    self._count(tree, record.n_tested[b], kept[b], b)
+                    n_tested = record.n_tested[b]
+                    self._count(tree, last, min(n_tested, self.available[b]) if self.available else n_tested)
         lengths = tree.lengths(max(tree.depth[-1], 1))
-        self.available = [lengths[max((i for i, there in enumerate(own) if there), default=0)] for own in kept]
+        self.available = [lengths[last] for last in record.last]
         self.n_rounds += 1
         if self.n_rounds >= self.next_choice:
             self.next_choice += min(self.n_rounds, MOST_ROUNDS_BETWEEN)
             self._choose()
 
-    def _count(self, tree: DraftTree, n_tested: int, kept: list[bool], b: int) -> None:
-        depth_available = min(self.available[b] if self.available else n_tested, n_tested)
-        node = 0
-        while tree.depth[node] < depth_available:
-            depth, parent = tree.depth[node], node
-            for child in tree.children[parent]:
+    def _count(self, tree: DraftTree, last: int, n_tested: int) -> None:
+        """Counts in the tests on the way to the last node kept, and those behind it, up to n_tested drafts deep."""
+        way = [last]
+        while way[0]:
+            way.insert(0, tree.parents[way[0] - 1])
+        for depth, node in enumerate(way[:n_tested]):
+            for child in tree.children[node]:
                 self.tested[depth, tree.rank[child - 1]] += 1
-                if kept[child]:
+                if child in way:
                     self.kept[depth, tree.rank[child - 1]] += 1
-                    node = child
                     break
-            if node == parent:
-                break
 
     def _choose(self) -> None:
         conditional = self.kept / self.tested

@@ -154,8 +154,9 @@ def test_drafts_that_are_not_kept_make_the_tree_smaller_and_kept_ones_larger():
             for parent, rank in zip(tree.parents, tree.rank, strict=True):
                 kept.append(right and kept[parent] and rank == 0)
             n = sum(kept) - 1
+            last = max(i for i, there in enumerate(kept) if there)
             deepest = tree.depth[-1]
-            adaptive.add(Round([[1]], [[]], [deepest], [n], [True], ((0, 1),), tree=tree, kept=torch.tensor([kept])))
+            adaptive.add(Round([[1]], [[]], [deepest], [n], [True], ((0, 1),), tree=tree, last=[last]))
         sizes[right] = n_rows(adaptive.tree)
     assert sizes[False] < start < sizes[True]
 
@@ -165,10 +166,8 @@ def test_hits_are_learned_by_depth_and_rank_from_what_was_tested():
     adaptive = AdaptiveTree(HITS, cost)
     for _ in range(200):
         tree = adaptive.tree
-        kept = torch.zeros(1, len(tree.depth), dtype=torch.bool)
-        kept[0, :2] = True  # the root and its first child
         depth = tree.depth[-1]
-        adaptive.add(Round([[1, 1]], [[]], [depth], [1], [True], ((0, 1),), tree=tree, kept=kept))
+        adaptive.add(Round([[1, 1]], [[]], [depth], [1], [True], ((0, 1),), tree=tree, last=[1]))  # the first child
     assert adaptive.tree == chain(1)
     conditional = adaptive.kept / adaptive.tested
     assert conditional[0, 0] > 0.9
@@ -180,16 +179,15 @@ def test_what_was_never_tested_for_want_of_look_ahead_tokens_is_not_counted():
     adaptive = AdaptiveTree(HITS, cost)
     adaptive.tree, adaptive.next_choice = tree, 10**9
     before = adaptive.tested.copy()
-    kept = torch.tensor([[True, True, False, False]])
     for _ in range(2):  # behind node 1 there is one look-ahead token, so that the second round tests one draft
-        adaptive.add(Round([[1, 1]], [[]], [3], [1], [True], ((0, 1),), tree=tree, kept=kept))
+        adaptive.add(Round([[1, 1]], [[]], [3], [1], [True], ((0, 1),), tree=tree, last=[1]))
     assert (adaptive.tested - before).sum(1).tolist() == [2, 1, 0]
 
 
 def test_drafts_that_were_copied_from_the_text_teach_nothing_about_look_ahead_tokens():
     adaptive, copied = AdaptiveTree(HITS, cost), copied_chain(6, 2)
     before = adaptive.tested.copy()
-    adaptive.add(Round([[1]], [[]], [6], [0], [True], ((0, 1),), tree=copied))
+    adaptive.add(Round([[1]], [[]], [6], [0], [True], ((0, 1),), tree=copied, last=[0]))
     assert (adaptive.tested == before).all()
     assert adaptive.available == [2]
 

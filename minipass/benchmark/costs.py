@@ -1,5 +1,6 @@
 """The bench's experiments on time: what a pass costs by rows and size, and whether that explains what is observed."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from minipass.benchmark.measuring import (
 )
 from minipass.benchmark.reporting import Report, forced_line, spread, table
 from minipass.generate import generate
-from minipass.model import GPT, GPTConfig
+from minipass.model import GPT
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 # Layers, heads, width of the random models whose passes are timed; on CUDA these are GPT-2's sizes.
@@ -38,13 +39,11 @@ def cost(bench: Bench) -> Report:
     """
     bandwidth = memory_bandwidth(bench.device)
     rows, lines = [], []
-    for colour, size in enumerate([None, *larger_sizes(bench)]):
-        model = random_model(bench, size) if size else bench.subject.model
+    for colour, (title, model) in enumerate(timed_models(bench)):
         n_weights = weights_read(model)
         kinds = [(0, n_rows) for n_rows in ROWS]
         seconds = pass_seconds([model], kinds, bench.prompt_tokens, PASS_REPEATS, bench.captures is not None)
         floor = n_weights * model.wte.weight.element_size() / bandwidth
-        title = f"{model.config.n_layer} layers, width {model.config.n_embd}, {n_weights / 1e6:.3g}M"
         rows.append(
             {
                 "model": title,
@@ -77,20 +76,19 @@ def cost(bench: Bench) -> Report:
     return Report(note + "\n\n" + table(heads, cells), {"bytes_per_second": bandwidth, "rows": rows}, {"cost": picture})
 
 
-def larger_sizes(bench: Bench) -> list[GPTConfig]:
-    """Sizes of models that are larger than the subject and have no use but to be timed."""
-    config = bench.subject.model.config
+def timed_models(bench: Bench) -> Iterator[tuple[str, GPT]]:
+    """The subject, then larger models with random weights, that have no use but to be timed; each with its title."""
+    config, chosen = bench.subject.model.config, LARGER
     if bench.device.type == "cuda":
-        config = replace(config, vocab_size=GPT2_VOCABULARY, block_size=GPT2_WINDOW)
-    chosen = GPT2_SIZES if bench.device.type == "cuda" else LARGER
-    return [replace(config, n_layer=n, n_head=h, n_embd=d) for n, h, d in chosen]
-
-
-def random_model(bench: Bench, config: GPTConfig) -> GPT:
-    """One with random weights."""
-    torch.manual_seed(bench.seed)
-    with bench.device:
-        return GPT(config).to(bench.dtype).eval()
+        config, chosen = replace(config, vocab_size=GPT2_VOCABULARY, block_size=GPT2_WINDOW), GPT2_SIZES
+    for size in (None, *chosen):
+        model = bench.subject.model
+        if size:
+            torch.manual_seed(bench.seed)
+            with bench.device:
+                shape = dict(zip(("n_layer", "n_head", "n_embd"), size, strict=True))
+                model = GPT(replace(config, **shape)).to(bench.dtype).eval()
+        yield f"{model.config.n_layer} layers, width {model.config.n_embd}, {weights_read(model) / 1e6:.3g}M", model
 
 
 def weights_read(model: GPT) -> int:
@@ -115,10 +113,7 @@ def sizes(bench: Bench) -> Report:
         made = [generate(subject, prompt, bench.new_tokens, captures=bench.captures, **settings) for prompt in prompts]
         generated[name] = sum(len(each.tokens[0]) - 1 for each in made) / sum(each.rounds - 1 for each in made)
     rows, lines = [], []
-    for config in [None, *larger_sizes(bench)]:
-        model = random_model(bench, config) if config else subject
-        shape = model.config
-        title = f"{shape.n_layer} layers, width {shape.n_embd}, {weights_read(model) / 1e6:.3g}M"
+    for title, model in timed_models(bench):
         captures = None if bench.captures is None else {}  # these graphs go with their model
         settings = [{"captures": captures, **each} for each in ways.values()]
         seconds = round_quartiles(model, [0] * bench.prompt_tokens, TIMED_ROUNDS, settings)

@@ -19,10 +19,9 @@ from minipass import capture
 from minipass.generate import Generation, stream
 from minipass.layout import path_layout
 from minipass.model import GPT, KVCache
+from minipass.shapes import round_times
 
 NGRAM = 8
-N_WARM_UP = 3  # rounds: the first is prefill
-MANY_TOKENS = 10_000  # more than are made
 
 
 @dataclass(frozen=True)
@@ -183,15 +182,7 @@ def predicted_speedup(n_decoded: int, passes: Sequence[tuple[int, int]], cost: d
 
 def round_quartiles(model: GPT, prompt: list[int], n_rounds: int, ways: Sequence[dict]) -> list[list[float]]:
     """Quartiles of the seconds of a round in each of several ways, stream's settings, that take turns."""
-    runs = [stream(model, prompt, MANY_TOKENS, **settings) for settings in ways]
-    seconds: list[list[float]] = [[] for _ in ways]
-    for turn in range(N_WARM_UP + n_rounds):
-        for run, own in zip(runs, seconds, strict=True):
-            began = now(model.device)
-            next(run)
-            if turn >= N_WARM_UP:
-                own.append(now(model.device) - began)
-    return [quartiles(own) for own in seconds]
+    return [quartiles(own) for own in round_times(model, prompt, ways, n_rounds)]
 
 
 @torch.inference_mode()
