@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from minipass import capture, checkpoint
-from minipass.benchmark.contenders import Bench, Subject
-from minipass.benchmark.experiments import EXPERIMENTS
-from minipass.benchmark.reporting import Report
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.data import BUILT_IN
 from minipass.errors import InputError
+from minipass.extras.benchmark.contenders import Bench, Subject
+from minipass.extras.benchmark.experiments import EXPERIMENTS
+from minipass.extras.benchmark.reporting import Report
 
 DEFAULT_LENGTHS = (2, 4)
 LEAST_NEW_TOKENS = 16  # more than any round emits, so that there is a second one to time

@@ -20,6 +20,7 @@ import torch
 from minipass import checkpoint, hf
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.errors import InputError
+from minipass.extras.trace import Trace
 from minipass.generate import (
     ACCEPTED,
     BONUS,
@@ -32,7 +33,6 @@ from minipass.generate import (
 )
 from minipass.shapes import MOST_AUTO_LOOKAHEAD, AdaptiveTree, best_tree, round_seconds
 from minipass.tokenizer import encode_bytes
-from minipass.trace import Trace
 
 DEFAULT_PROMPT = '''class Stack:
     """A last-in, first-out collection of items."""

@@ -11,8 +11,11 @@ import torch
 from conftest import random_model
 
 from minipass import checkpoint
-from minipass.benchmark import contenders, costs, experiments, peers, quality, trained
-from minipass.benchmark.measuring import (
+from minipass.cli import run_script
+from minipass.data import read_documents
+from minipass.errors import InputError
+from minipass.extras.benchmark import contenders, costs, experiments, peers, quality, trained
+from minipass.extras.benchmark.measuring import (
     Contender,
     Sample,
     figures,
@@ -27,10 +30,7 @@ from minipass.benchmark.measuring import (
     take_turns,
     wilson_interval,
 )
-from minipass.benchmark.plots import Line, Panel, curves, intervals
-from minipass.cli import run_script
-from minipass.data import read_documents
-from minipass.errors import InputError
+from minipass.extras.benchmark.plots import Line, Panel, curves, intervals
 from minipass.generate import Generation
 from minipass.model import GPT, GPTConfig
 from minipass.tokenizer import build_encoding

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from minipass import course
-from minipass.course import test_exercises as graders
-from minipass.course.grading import EXERCISES, placeholder
 from minipass.errors import InputError
+from minipass.extras import course
+from minipass.extras.course import test_exercises as graders
+from minipass.extras.course.grading import EXERCISES, placeholder
 from minipass.layout import lookahead_ids, tree, with_groups
 from minipass.losses import lookahead_loss, rows_after_cuts
 from minipass.model import KVCache
@@ -46,7 +46,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_a_handout_is_the_package_but_for_the_bodies_of_the_exercises(folder):
-    for path in [*(ROOT / "minipass").glob("*.py"), *(ROOT / "minipass" / "benchmark").glob("*.py")]:
+    extras = ROOT / "minipass" / "extras"
+    for path in [file for place in (extras.parent, extras, extras / "benchmark") for file in place.glob("*.py")]:
         real, given = path.read_text("utf-8"), (folder / path.relative_to(ROOT)).read_text("utf-8")
         expected = course.functions(ast.parse(real))
         gaps = {name: n for n, exercise in EXERCISES.items() for file, name in exercise.functions if file == path.name}
@@ -66,7 +67,7 @@ def test_a_handout_is_the_package_but_for_the_bodies_of_the_exercises(folder):
 def test_a_handout_holds_graders_and_sheet_but_no_solution_and_no_model(folder):
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {"ASSIGNMENT.md", "pyproject.toml", "tests/conftest.py", "tests/test_exercises.py", "bench.py"} <= files
-    assert not [name for name in files if name.endswith(".pt") or name.startswith("minipass/course")]
+    assert not [name for name in files if name.endswith(".pt") or name.startswith("minipass/extras/course")]
 
 
 def test_the_sheet_agrees_with_the_exercises_and_their_graders():
@@ -95,10 +96,10 @@ def test_a_folder_that_is_in_use_or_cannot_be_written_is_an_input_error(tmp_path
             course.write_handout(bad)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     run = subprocess.run(
-        [sys.executable, "-m", "minipass.course", str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "minipass.extras.course", str(tmp_path)], capture_output=True, text=True, cwd=ROOT
     )
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
-    assert run.stderr.startswith("minipass.course: ")
+    assert run.stderr.startswith("minipass.extras.course: ")
     (tmp_path / "file").unlink()
     course.write_handout(tmp_path)  # an empty folder will do
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minipass.errors import InputError
-from minipass.figures import CACHE, LOOKAHEAD, PICTURES, REAL, fused, picture, training, two_pass, write_all
+from minipass.extras.figures import CACHE, LOOKAHEAD, PICTURES, REAL, fused, picture, training, two_pass, write_all
 
 matplotlib = pytest.importorskip("matplotlib")
 

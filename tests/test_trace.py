@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from minipass.errors import InputError
+from minipass.extras.trace import SeenDraft, Trace, number_of
 from minipass.generate import ACCEPTED, CORRECTED, METHODS, RULES, Round, stream
 from minipass.layout import DraftTree
 from minipass.tokenizer import encoding_of
-from minipass.trace import SeenDraft, Trace, number_of
 
 LETTERS = encoding_of([bytes([65 + i]) for i in range(10)])  # with end of text 11 tokens, as the test model has
 BYTES = encoding_of([bytes([i]) for i in range(256)])

@@ -10,11 +10,11 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from minipass.benchmark import costs, peers, plots, quality, trained
-from minipass.benchmark.contenders import COPYING, DECODINGS, GREEDY, LOOKUP, SAMPLED, TREE, TWO_MODELS, Bench
-from minipass.benchmark.measuring import figures, now, paired_quartiles, quartiles, take_turns
-from minipass.benchmark.reporting import Report, forced_line, label, methods_table, speedups, spread, table
 from minipass.data import even_windows
+from minipass.extras.benchmark import costs, peers, plots, quality, trained
+from minipass.extras.benchmark.contenders import COPYING, DECODINGS, GREEDY, LOOKUP, SAMPLED, TREE, TWO_MODELS, Bench
+from minipass.extras.benchmark.measuring import figures, now, paired_quartiles, quartiles, take_turns
+from minipass.extras.benchmark.reporting import Report, forced_line, label, methods_table, speedups, spread, table
 from minipass.generate import RULES, generate
 
 AUTO_LENGTHS = (1, 2, 3, 4)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from minipass import checkpoint, losses
-from minipass.benchmark.measuring import Contender, ours
 from minipass.data import Document, encode_documents, even_windows, read_documents, split_documents
+from minipass.extras.benchmark.measuring import Contender, ours
 from minipass.generate import DEFAULT_PROMPT_LOOKUP
 from minipass.model import GPT
 from minipass.shapes import MOST_AUTO_LOOKAHEAD, AdaptiveTree, best_tree, round_seconds

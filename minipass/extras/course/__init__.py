@@ -1,7 +1,7 @@
-"""The course: `python -m minipass.course FOLDER` writes a handout in which eight exercises are to be written.
+"""The course: `python -m minipass.extras.course FOLDER` writes a handout in which eight exercises are to be written.
 
 A handout is this package with the bodies of the exercises' functions taken out, their graders, and ASSIGNMENT.md.
-Which functions these are stands in grading.py; they are found in the syntax tree, so the code carries no marks.
+grading.py lists these functions; they are found in the syntax tree, so the code carries no marks.
 """
 
 import argparse
@@ -9,11 +9,12 @@ import ast
 from collections.abc import Iterable
 from pathlib import Path
 
-from minipass.course.grading import EXERCISES, placeholder
 from minipass.errors import InputError
+from minipass.extras.course.grading import EXERCISES, placeholder
 
 COURSE = Path(__file__).parent
-PACKAGE = COURSE.parent
+PACKAGE = COURSE.parents[1]
+FOLDERS = (PACKAGE, PACKAGE / "extras", PACKAGE / "extras" / "benchmark")  # whose .py files are handed out
 SCRIPTS = ("bench.py", "sample.py", "train_tiny.py")  # beside the package, where it comes from a clone
 PYPROJECT = """[tool.pytest.ini_options]
 pythonpath = ["."] # this folder's minipass, not one that is installed
@@ -39,7 +40,7 @@ def write_handout(folder: Path) -> None:
 def handout(exercises: Iterable[int] = tuple(EXERCISES)) -> dict[str, str]:
     """The text of each file of a handout by its path; `exercises` are those to be written."""
     exercises = tuple(exercises)
-    sources = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("benchmark/*.py")])
+    sources = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
     files = {path.relative_to(PACKAGE.parent).as_posix(): with_gaps(path, exercises) for path in sources}
     files |= {name: (PACKAGE.parent / name).read_text("utf-8") for name in SCRIPTS if (PACKAGE.parent / name).is_file()}
     files["tests/conftest.py"] = (COURSE / "grading.py").read_text("utf-8")
@@ -78,7 +79,7 @@ def functions(tree: ast.AST, prefix: str = "") -> dict[str, ast.FunctionDef]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m minipass.course", description="Writes the course's handout.")
+    parser = argparse.ArgumentParser(prog="python -m minipass.extras.course", description="Writes a course handout.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty folder")
     folder = parser.parse_args().folder
     write_handout(folder)

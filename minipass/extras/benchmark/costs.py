@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minipass.benchmark import plots
-from minipass.benchmark.contenders import GREEDY, Bench
-from minipass.benchmark.measuring import (
+from minipass.extras.benchmark import plots
+from minipass.extras.benchmark.contenders import GREEDY, Bench
+from minipass.extras.benchmark.measuring import (
     figures,
     memory_bandwidth,
     pass_seconds,
@@ -18,7 +18,7 @@ from minipass.benchmark.measuring import (
     round_quartiles,
     take_turns,
 )
-from minipass.benchmark.reporting import Report, forced_line, spread, table
+from minipass.extras.benchmark.reporting import Report, forced_line, spread, table
 from minipass.generate import generate
 from minipass.model import GPT
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from minipass.benchmark import plots
-from minipass.benchmark.contenders import Bench, Subject
-from minipass.benchmark.costs import weights_read
-from minipass.benchmark.reporting import Report, shares, table
 from minipass.data import even_windows
 from minipass.errors import InputError
+from minipass.extras.benchmark import plots
+from minipass.extras.benchmark.contenders import Bench, Subject
+from minipass.extras.benchmark.costs import weights_read
+from minipass.extras.benchmark.reporting import Report, shares, table
 from minipass.model import GPT
 
 CONSTANT_WINDOWS = 32

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from matplotlib.figure import Figure
 
-from minipass.benchmark.contenders import Subject
+from minipass.extras.benchmark.contenders import Subject
 
 
 @dataclass

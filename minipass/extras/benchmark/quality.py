@@ -10,8 +10,8 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from minipass.benchmark.measuring import wilson_interval
 from minipass.checkpoint import Checkpoint
+from minipass.extras.benchmark.measuring import wilson_interval
 from minipass.generate import generate
 from minipass.model import GPT
 from minipass.tokenizer import encode_text

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from minipass import hf
-from minipass.benchmark.measuring import Contender, Sample, now
+from minipass.extras.benchmark.measuring import Contender, Sample, now
 from minipass.model import GPT
 
 TOLERANCE = 1e-3  # between float32 logits

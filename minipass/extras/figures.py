@@ -1,4 +1,4 @@
-"""Pictures of the attention masks: `python -m minipass.figures FOLDER`. The masks are layout.py's, as in any pass.
+"""Pictures of the attention masks: `python -m minipass.extras.figures FOLDER`. The masks are those of layout.py.
 
 A picture has a row for each row of a pass and a column for each row that it may see; a filled cell means "sees". The
 numbers on the right are positions.
