@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from minipass import capture, checkpoint
+from minipass import capture, weights
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.data import BUILT_IN
 from minipass.errors import InputError
 from minipass.extras.benchmark.contenders import Bench, Subject
 from minipass.extras.benchmark.experiments import EXPERIMENTS
 from minipass.extras.benchmark.reporting import Report
+from minipass.files import atomic_write
 
 DEFAULT_LENGTHS = (2, 4)
 LEAST_NEW_TOKENS = 16  # more than any round emits, so that there is a second one to time
@@ -72,11 +73,11 @@ def prepare(args: argparse.Namespace) -> Bench:
         raise InputError(f"--compile needs CUDA, and the device is {device}")
 
     def load(name: str) -> Subject:
-        return Subject(name, checkpoint.load(name, device=device, dtype=dtype))
+        return Subject(name, weights.load(name, device=device, dtype=dtype))
 
     def load_other(given: str | None, shipped: str, same_tokens: bool) -> Subject | None:
         """The one given, which must fit the subject, or the one in the package if it is there and fits."""
-        if given is None and not (checkpoint.SHIPPED / f"{shipped}.pt").is_file():
+        if given is None and not (weights.SHIPPED / f"{shipped}.pt").is_file():
             return None
         other = load(given or shipped)
         problem = misfit(other)
@@ -166,13 +167,13 @@ def read_results(path: Path) -> dict:
 def write_results(path: Path, results: dict) -> None:
     """Atomically, so that an interrupt leaves what was measured before."""
     content = json.dumps(results, indent=1) + "\n"
-    checkpoint.atomic_write(path, lambda temporary: temporary.write_text(content))
+    atomic_write(path, lambda temporary: temporary.write_text(content))
 
 
 def write_pictures(folder: Path, report: Report) -> None:
     """The report's pictures as PNG."""
     for name, figure in report.pictures.items():
-        checkpoint.atomic_write(
+        atomic_write(
             folder / f"{name}.png",
             lambda path, figure=figure: figure.savefig(path, format="png", dpi=130, metadata={"Software": None}),
         )
@@ -185,7 +186,7 @@ def main() -> None:
     if args.json:
         write_results(args.json, results)  # now, so that a place that takes no file is known before hours are spent
     if args.plots:
-        checkpoint.atomic_write(args.plots / "bench.txt", lambda path: path.write_text(setting(bench) + "\n"))
+        atomic_write(args.plots / "bench.txt", lambda path: path.write_text(setting(bench) + "\n"))
     for name in EXPERIMENTS if args.full else args.only or ["headline"]:
         report = EXPERIMENTS[name](bench)
         where = setting(bench)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from minipass import checkpoint, hf
+from minipass import weights
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.errors import InputError
 from minipass.extras.trace import Trace
@@ -115,7 +115,7 @@ def length(argument: str) -> int | str:
         raise argparse.ArgumentTypeError(f"must be a whole number or {AUTO}, not {argument}") from None
 
 
-def drafting(loaded: checkpoint.Checkpoint, args: argparse.Namespace, captures: dict | None) -> dict:
+def drafting(loaded: weights.Checkpoint, args: argparse.Namespace, captures: dict | None) -> dict:
     """What --pass, --lookahead, --tree-size and --prompt-lookup say, as stream's settings.
 
     Trees are chosen by the hits that were measured at the end of the checkpoint's training.
@@ -211,9 +211,9 @@ def main() -> None:
     prompt = read_prompt(args.prompt)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    loaded = checkpoint.load(args.checkpoint, device=device, dtype=dtype)
+    loaded = weights.load(args.checkpoint, device=device, dtype=dtype)
     if args.lookahead_table:
-        hf.load_table(loaded.model, args.lookahead_table)
+        weights.load_table(loaded.model, args.lookahead_table)
     if args.variant and loaded.model.config.n_lookahead == 0:
         raise InputError(f"{args.checkpoint} has no look-ahead tokens: name a file of them with --lookahead-table")
     encoding, prompt_ids = loaded.encoding, encode_bytes(loaded.encoding, prompt)

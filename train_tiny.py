@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from minipass import checkpoint, hf, losses
+from minipass import losses, weights
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.data import (
     encode_to_file,
@@ -37,6 +37,7 @@ from minipass.data import (
     split_documents,
 )
 from minipass.errors import InputError
+from minipass.files import atomic_write
 from minipass.model import GPT, GPTConfig
 from minipass.tokenizer import build_encoding, gpt2_encoding, train_bpe
 
@@ -140,7 +141,7 @@ def start(args: argparse.Namespace, train_documents) -> tuple[GPT, object, dict]
     sizes = {name: getattr(args, name) for name in GPTConfig.__dataclass_fields__ if getattr(args, name) is not None}
     torch.manual_seed(args.seed)
     if args.init:
-        loaded = checkpoint.load(args.init)
+        loaded = weights.load(args.init)
         model = loaded.model
         if args.stage != "base" and model.config.n_lookahead == 0:  # such as a GPT-2
             sizes.setdefault("n_lookahead", GPTConfig.n_lookahead)
@@ -206,7 +207,7 @@ def draw_curves(folder: Path, history: list[dict]) -> None:
     if right.lines:
         right.legend(ncol=2, fontsize="small")
     figure.tight_layout()
-    checkpoint.atomic_write(folder / "loss.png", lambda path: figure.savefig(path, format="png", dpi=110))
+    atomic_write(folder / "loss.png", lambda path: figure.savefig(path, format="png", dpi=110))
     plt.close(figure)
 
 
@@ -234,9 +235,9 @@ def join_processes(device_name: str) -> tuple[torch.device, int, int]:
     return device, rank, max(world, 1)
 
 
-def unfinished_run(last: Path, settings: dict) -> checkpoint.Checkpoint:
+def unfinished_run(last: Path, settings: dict) -> weights.Checkpoint:
     """The checkpoint to go on from. Raises InputError when it is none, or its run had other settings."""
-    loaded = checkpoint.load(last)
+    loaded = weights.load(last)
     if loaded.training is None:
         raise InputError(f"{last} holds no training state to go on with")
     for name, value in settings.items():
@@ -272,8 +273,8 @@ def whole_loss(
     if args.stage == "base":
         return losses.next_token_loss(text_logits, targets)
     by_position = losses.lookahead_loss(kind, draft_logits, text_logits, targets, cuts)  # (n_lookahead,)
-    weights = args.position_decay ** torch.arange(n_lookahead, device=by_position.device)
-    drafting = (by_position * weights).sum() / weights.sum()
+    factors = args.position_decay ** torch.arange(n_lookahead, device=by_position.device)
+    drafting = (by_position * factors).sum() / factors.sum()
     if args.stage == "lookahead":
         return drafting
     return losses.next_token_loss(text_logits, targets) + args.lookahead_weight * drafting
@@ -298,7 +299,7 @@ class Trainer:
             parts = f"{world} x {args.accumulate} equal parts"
             raise InputError(f"--batch-size {args.batch_size} cannot be split into {parts}")
         # A GPT-2 that stays as it is need not be stored again with each checkpoint.
-        self.base = args.init if args.stage == "lookahead" and args.init and hf.is_gpt2(args.init) else None
+        self.base = args.init if args.stage == "lookahead" and args.init and weights.is_gpt2(args.init) else None
         self.last = args.out / "last.pt"
         if os.path.exists(self.last) and not args.resume:  # False where Path.exists raises: a name that is too long
             raise InputError(f"{args.out} already holds a run: go on with --resume, or name another folder with --out")
@@ -314,7 +315,7 @@ class Trainer:
         else:
             self.save()  # now, so that a folder that cannot be written is known before hours are spent
 
-    def _prepare(self, loaded: checkpoint.Checkpoint | None) -> None:
+    def _prepare(self, loaded: weights.Checkpoint | None) -> None:
         """Model and encoded corpus, of the run that goes on or new ones."""
         args, files = self.args, (self.args.out / "train.tokens", self.args.out / "heldout.tokens")
         encoded = loaded and all(os.path.exists(file) for file in files)
@@ -349,9 +350,9 @@ class Trainer:
             return
         training = {name: getattr(self, name) for name in ("settings", "step", "seconds", "history", "parents")}
         training["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-        checkpoint.save(self.last, self.model, self.encoding, self.record(), training=training, base=self.base)
+        weights.save(self.last, self.model, self.encoding, self.record(), training=training, base=self.base)
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
-        checkpoint.atomic_write(self.args.out / "log.jsonl", lambda path: path.write_text(lines))
+        atomic_write(self.args.out / "log.jsonl", lambda path: path.write_text(lines))
         draw_curves(self.args.out, self.history)
 
     def progress(self) -> float:
@@ -471,11 +472,11 @@ def main() -> None:
         return
     if trainer.base:
         result = args.out / "table.safetensors"
-        hf.save_table(trainer.model, result)
+        weights.save_table(trainer.model, result)
         use = f"--checkpoint {trainer.base} --lookahead-table {result}"
     else:
         result = args.out / "model.pt"
-        checkpoint.save(result, trainer.model, trainer.encoding, trainer.record(), dtype=torch.bfloat16)
+        weights.save(result, trainer.model, trainer.encoding, trainer.record(), dtype=torch.bfloat16)
         use = f"--checkpoint {result}"
     print(f"wrote {result}, log.jsonl and loss.png; try: python sample.py {use} --pass")
 

@@ -15,8 +15,8 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from minipass.checkpoint import atomic_write
 from minipass.errors import InputError
+from minipass.files import atomic_write
 from minipass.tokenizer import encode_text
 
 BUILT_IN = ("python", "installed", "docstrings")

@@ -7,7 +7,6 @@ One forward serves training, prefill, plain decoding, draft, verify and fused pa
 
 import math
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -194,13 +193,6 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / depth)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, n_lookahead: int = 0) -> "GPT":
-        """GPT-2's weights from a local folder or the Hugging Face hub: hf.from_pretrained says what and which."""
-        from minipass import hf  # here, as that module needs this one
-
-        return hf.from_pretrained(name_or_folder, n_lookahead)
 
     def set_lookahead(self, table: torch.Tensor) -> None:
         """Replaces the look-ahead table by a copy of `table` (L, n_embd), of any L.

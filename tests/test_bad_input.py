@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minipass import checkpoint
+from minipass import weights
 from minipass.cli import run_script
 from minipass.model import GPT, GPTConfig
 from minipass.tokenizer import build_encoding
@@ -36,7 +36,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     model = GPT(GPTConfig(257, 40, 1, 2, 16, 3))
     with torch.no_grad():
         model.wte.weight.mul_(20)
-    checkpoint.save(path, model, build_encoding([]), {"stage": "joint"})
+    weights.save(path, model, build_encoding([]), {"stage": "joint"})
     return path
 
 
@@ -343,8 +343,8 @@ def test_an_interrupted_training_run_saves_and_goes_on(call, tmp_path):
     assert process.returncode == 0, err
     assert "--resume goes on" in out
     assert "Traceback" not in err
-    state = checkpoint.load(last).training
+    state = weights.load(last).training
     assert state["step"] == len(log.read_text().splitlines()) > 0
     minutes = state["seconds"] / 60 + 0.0005  # a few more steps, for the 100,000 would take too long
     assert call(train_tiny, *run, "--resume", "--minutes", minutes).status == 0
-    assert checkpoint.load(tmp_path / "run/model.pt").record["step"] > state["step"]
+    assert weights.load(tmp_path / "run/model.pt").record["step"] > state["step"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import random_model
 
-from minipass import checkpoint
+from minipass import weights
 from minipass.cli import run_script
 from minipass.data import read_documents
 from minipass.errors import InputError
@@ -252,7 +252,7 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     for name, n_lookahead in {"tiny": 3, "frozen": 3, "draft": 0}.items():
         model = GPT(GPTConfig(257, 64, 1, 2, 16, n_lookahead))
-        checkpoint.save(folder / f"{name}.pt", model, build_encoding([]), {"stage": "joint", "loss": "kl"})
+        weights.save(folder / f"{name}.pt", model, build_encoding([]), {"stage": "joint", "loss": "kl"})
     (folder / "code").mkdir()
     for name in "ab":
         code = "".join(f"def {name}{i}(x):\n    return x + {i}\n\n" for i in range(50))
@@ -263,7 +263,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
     """run("--flag", ...): exit status, output and errors of the script on the tiny model, with few and short texts."""
-    monkeypatch.setattr(checkpoint, "SHIPPED", folder)
+    monkeypatch.setattr(weights, "SHIPPED", folder)
     monkeypatch.setattr(contenders, "read_documents", lambda source: read_documents(
         folder / "code" if source == "docstrings" else source))  # fmt: skip
     monkeypatch.setattr(costs, "LARGER", ((1, 2, 32),))
@@ -316,7 +316,7 @@ def test_a_full_run_writes_tables_figures_and_pictures(run, folder, tmp_path):
 
 
 def test_by_default_the_headline_is_measured_and_a_draft_model_is_optional(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
+    monkeypatch.setattr(weights, "SHIPPED", tmp_path)
     result = run("--lookahead", 1, 3)
     assert result.status == 0, result.err
     assert result.out.count("| fused | 3 |") == 2  # greedy and sampled
@@ -371,7 +371,7 @@ def test_a_mistake_is_one_sentence(run, arguments):
 def test_models_that_do_not_fit_are_one_sentence(run, folder, tmp_path):
     path = tmp_path / "other.pt"
     encoding = build_encoding([(97, 98)])
-    checkpoint.save(path, GPT(GPTConfig(258, 64, 1, 2, 16, 0)), encoding, {})
+    weights.save(path, GPT(GPTConfig(258, 64, 1, 2, 16, 0)), encoding, {})
     for arguments, words in {("--draft-model", path): "other tokens", ("--checkpoint", path): "no look-ahead"}.items():
         result = run(*arguments)
         assert (result.status, len(result.err.strip().splitlines())) == (2, 1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import random_model
 
-from minipass import checkpoint, hf, losses
+from minipass import losses, weights
 from minipass.errors import InputError
 from minipass.generate import generate
 from minipass.model import GPT
@@ -46,7 +46,7 @@ def ours() -> GPT:
 @pytest.fixture
 def folder(ours, tmp_path) -> Path:
     """What save_pretrained writes of `ours`."""
-    hf.save_pretrained(ours, tmp_path / "gpt2")
+    weights.save_pretrained(ours, tmp_path / "gpt2")
     return tmp_path / "gpt2"
 
 
@@ -66,38 +66,38 @@ def assert_same_model(ours: GPT, theirs) -> None:
 @pytest.mark.parametrize("shard_size", ["1GB", "20kB"])
 def test_a_folder_of_transformers_computes_the_same_here(theirs, tmp_path, shard_size):
     theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1 if shard_size == "1GB" else (tmp_path / hf.INDEX).exists()
-    assert_same_model(GPT.from_pretrained(tmp_path, n_lookahead=2), theirs)
+    assert (tmp_path / weights.INDEX).exists() == (shard_size == "20kB")
+    assert_same_model(weights.from_pretrained(tmp_path, n_lookahead=2), theirs)
 
 
 def test_names_without_the_prefix_and_old_mask_buffers_are_taken_as_well(theirs, tmp_path):
     theirs.save_pretrained(tmp_path)
-    weights = safetensors.load_file(tmp_path / hf.WEIGHTS)
-    weights = {name.removeprefix("transformer."): value for name, value in weights.items()}
-    weights |= {"h.0.attn.bias": torch.ones(1, 1, 48, 48), "h.0.attn.masked_bias": torch.tensor(-1e4)}
-    weights["lm_head.weight"] = weights["wte.weight"].clone()
-    safetensors.save_file(weights, tmp_path / hf.WEIGHTS)
-    assert_same_model(GPT.from_pretrained(str(tmp_path), n_lookahead=1), theirs)
+    tensors = safetensors.load_file(tmp_path / weights.WEIGHTS)
+    tensors = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    tensors |= {"h.0.attn.bias": torch.ones(1, 1, 48, 48), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+    safetensors.save_file(tensors, tmp_path / weights.WEIGHTS)
+    assert_same_model(weights.from_pretrained(str(tmp_path), n_lookahead=1), theirs)
 
 
 def test_a_folder_of_ours_computes_the_same_in_transformers_and_again_here(transformers, theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "in")
-    model = GPT.from_pretrained(tmp_path / "in", n_lookahead=3)
-    hf.save_pretrained(model, tmp_path / "out")
+    model = weights.from_pretrained(tmp_path / "in", n_lookahead=3)
+    weights.save_pretrained(model, tmp_path / "out")
     back, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
     assert_same_model(model, back.eval())
-    again = hf.load_folder(tmp_path / "out")
+    again = weights.load_folder(tmp_path / "out")
     assert again.config == model.config
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_a_table_fits_another_copy_of_the_base_and_is_all_that_changes(ours, folder, tmp_path):
-    copy, other = hf.from_pretrained(folder), random_model(seed=9, n_lookahead=7).float()
+    copy, other = weights.from_pretrained(folder), random_model(seed=9, n_lookahead=7).float()
     assert copy.config.n_lookahead == 0
-    hf.save_table(other, tmp_path / "table.safetensors")
+    weights.save_table(other, tmp_path / "table.safetensors")
     assert (tmp_path / "table.safetensors").stat().st_size < 1000
-    hf.load_table(copy, tmp_path / "table.safetensors")
+    weights.load_table(copy, tmp_path / "table.safetensors")
     assert copy.config.n_lookahead == 7
     assert torch.equal(copy.lookahead, other.lookahead)
     assert all(torch.equal(v, ours.state_dict()[name]) for name, v in copy.state_dict().items() if name != "lookahead")
@@ -110,23 +110,23 @@ def test_a_table_fits_another_copy_of_the_base_and_is_all_that_changes(ours, fol
 
 def test_a_new_table_is_random_small_and_as_long_as_asked(folder):
     torch.manual_seed(0)
-    table = GPT.from_pretrained(folder, n_lookahead=500).lookahead
+    table = weights.from_pretrained(folder, n_lookahead=500).lookahead
     assert table.shape == (500, 16) and table.requires_grad
     assert abs(table.std().item() - 0.02) < 1e-3
     with pytest.raises(InputError, match="n_lookahead must be"):
-        GPT.from_pretrained(folder, n_lookahead=-1)
+        weights.from_pretrained(folder, n_lookahead=-1)
 
 
 def test_a_folder_without_a_table_replaces_one_with_a_table(ours, folder):
     ours.new_lookahead(0)
-    hf.save_pretrained(ours, folder)
-    assert sorted(path.name for path in folder.iterdir()) == [hf.CONFIG, hf.WEIGHTS]
+    weights.save_pretrained(ours, folder)
+    assert sorted(path.name for path in folder.iterdir()) == [weights.CONFIG, weights.WEIGHTS]
 
 
 def change_config(folder: Path, **changes) -> None:
-    config = json.loads((folder / hf.CONFIG).read_text()) | changes
+    config = json.loads((folder / weights.CONFIG).read_text()) | changes
     config = {name: value for name, value in config.items() if value != "left out"}
-    (folder / hf.CONFIG).write_text(json.dumps(config))
+    (folder / weights.CONFIG).write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -153,75 +153,75 @@ def change_config(folder: Path, **changes) -> None:
 def test_a_config_of_something_else_is_refused_by_name(folder, change, complaint):
     change_config(folder, **change)
     with pytest.raises(InputError, match=complaint):
-        hf.from_pretrained(folder)
+        weights.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\0"])
 def test_a_damaged_config_is_refused(folder, content):
-    (folder / hf.CONFIG).write_text(content)
+    (folder / weights.CONFIG).write_text(content)
     with pytest.raises(InputError, match=r"config\.json is damaged"):
-        hf.from_pretrained(folder)
+        weights.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", [hf.CONFIG, hf.WEIGHTS])
+@pytest.mark.parametrize("name", [weights.CONFIG, weights.WEIGHTS])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(InputError, match=f"{name} is missing"):
-        hf.from_pretrained(folder)
+        weights.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("share", [0, 0.0001, 0.5, 0.99])
-@pytest.mark.parametrize("name", [hf.WEIGHTS, hf.TABLE])
+@pytest.mark.parametrize("name", [weights.WEIGHTS, weights.TABLE])
 def test_half_a_download_is_refused(folder, name, share):
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: int(share * len(data))])
     with pytest.raises(InputError, match=f"{name} is damaged or only half there"):
-        hf.load_folder(folder)
+        weights.load_folder(folder)
 
 
 def shard(folder: Path) -> list[Path]:
     """Splits model.safetensors into two files and an index."""
-    weights, weight_map = safetensors.load_file(folder / hf.WEIGHTS), {}
-    for index, name in enumerate(weights):
+    tensors, weight_map = safetensors.load_file(folder / weights.WEIGHTS), {}
+    for index, name in enumerate(tensors):
         weight_map[name] = f"model-0000{index % 2 + 1}-of-00002.safetensors"
     files = [folder / name for name in sorted(set(weight_map.values()))]
     for file in files:
-        part = {name: value for name, value in weights.items() if weight_map[name] == file.name}
+        part = {name: value for name, value in tensors.items() if weight_map[name] == file.name}
         safetensors.save_file(part, file)
-    (folder / hf.INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    (folder / hf.WEIGHTS).unlink()
+    (folder / weights.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / weights.WEIGHTS).unlink()
     return files
 
 
 def test_shards_are_put_together_and_a_missing_or_half_one_is_named(ours, folder):
     files = shard(folder)
-    assert torch.equal(hf.from_pretrained(folder).h[1].mlp.c_fc.weight, ours.h[1].mlp.c_fc.weight)
+    assert torch.equal(weights.from_pretrained(folder).h[1].mlp.c_fc.weight, ours.h[1].mlp.c_fc.weight)
     data = files[1].read_bytes()
     files[1].write_bytes(data[:-1])
     with pytest.raises(InputError, match=f"{files[1].name} is damaged"):
-        hf.from_pretrained(folder)
+        weights.from_pretrained(folder)
     files[1].unlink()
     with pytest.raises(InputError, match=f"{files[1].name} is missing"):
-        hf.from_pretrained(folder)
-    (folder / hf.INDEX).write_text('{"weight_map": [1]}')
+        weights.from_pretrained(folder)
+    (folder / weights.INDEX).write_text('{"weight_map": [1]}')
     with pytest.raises(InputError, match="weight_map"):
-        hf.from_pretrained(folder)
+        weights.from_pretrained(folder)
 
 
-def left_out(weights: dict) -> None:
-    del weights["transformer.h.1.ln_2.bias"]
+def left_out(tensors: dict) -> None:
+    del tensors["transformer.h.1.ln_2.bias"]
 
 
-def one_too_many(weights: dict) -> None:
-    weights["transformer.h.1.attn.q_norm.weight"] = torch.zeros(8)
+def one_too_many(tensors: dict) -> None:
+    tensors["transformer.h.1.attn.q_norm.weight"] = torch.zeros(8)
 
 
-def of_another_shape(weights: dict) -> None:
-    weights["transformer.h.1.mlp.c_fc.weight"] = torch.zeros(2, 3, 4)
+def of_another_shape(tensors: dict) -> None:
+    tensors["transformer.h.1.mlp.c_fc.weight"] = torch.zeros(2, 3, 4)
 
 
-def a_head_of_its_own(weights: dict) -> None:
-    weights["lm_head.weight"] = weights["transformer.wte.weight"] + 1
+def a_head_of_its_own(tensors: dict) -> None:
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
 
 
 @pytest.mark.parametrize(
@@ -234,34 +234,34 @@ def a_head_of_its_own(weights: dict) -> None:
     ],
 )
 def test_weights_that_do_not_fit_are_refused(folder, damage, complaint):
-    weights = safetensors.load_file(folder / hf.WEIGHTS)
-    damage(weights)
-    safetensors.save_file(weights, folder / hf.WEIGHTS)
+    tensors = safetensors.load_file(folder / weights.WEIGHTS)
+    damage(tensors)
+    safetensors.save_file(tensors, folder / weights.WEIGHTS)
     with pytest.raises(InputError, match=complaint):
-        hf.from_pretrained(folder)
+        weights.from_pretrained(folder)
 
 
 def test_a_table_of_another_width_or_kind_is_refused_and_changes_nothing(ours, folder, tmp_path):
     before = ours.lookahead.clone()
-    hf.save_table(random_model(seed=0, n_embd=32), tmp_path / "wide.safetensors")
+    weights.save_table(random_model(seed=0, n_embd=32), tmp_path / "wide.safetensors")
     with pytest.raises(InputError, match=r"\(4, 32\) does not fit a model with n_embd 16"):
-        hf.load_table(ours, tmp_path / "wide.safetensors")
+        weights.load_table(ours, tmp_path / "wide.safetensors")
     with pytest.raises(InputError, match="not a look-ahead table"):
-        hf.load_table(ours, folder / hf.WEIGHTS)
+        weights.load_table(ours, folder / weights.WEIGHTS)
     with pytest.raises(InputError, match="is missing"):
-        hf.load_table(ours, tmp_path / "none.safetensors")
+        weights.load_table(ours, tmp_path / "none.safetensors")
     assert torch.equal(ours.lookahead, before)
 
 
 def test_without_network_and_cached_file_the_cache_folder_is_named(monkeypatch, tmp_path):
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=f"cache folder {tmp_path}"):
-        GPT.from_pretrained("gpt2")
+        weights.from_pretrained("gpt2")
     with pytest.raises(InputError, match="there is no folder gpt3"):
-        GPT.from_pretrained("gpt3")
+        weights.from_pretrained("gpt3")
 
 
 def test_without_the_extra_the_sentence_says_what_to_install(monkeypatch, folder):
@@ -270,7 +270,7 @@ def test_without_the_extra_the_sentence_says_what_to_install(monkeypatch, folder
 
     monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(InputError, match=r"needs the package safetensors: pip install -e '\.\[hf\]'"):
-        hf.from_pretrained(folder)
+        weights.from_pretrained(folder)
 
 
 # The scripts, on a GPT-2 over bytes.
@@ -279,9 +279,9 @@ def test_without_the_extra_the_sentence_says_what_to_install(monkeypatch, folder
 @pytest.fixture
 def gpt2_over_bytes(monkeypatch, tmp_path) -> Path:
     """A folder with a random GPT-2 whose tokens are bytes; gpt2's own vocabulary would take a download."""
-    monkeypatch.setattr(checkpoint, "gpt2_encoding", lambda: encoding_of([bytes([b]) for b in range(256)], "gpt2"))
+    monkeypatch.setattr(weights, "gpt2_encoding", lambda: encoding_of([bytes([b]) for b in range(256)], "gpt2"))
     model = random_model(seed=5, vocab_size=257, block_size=32, n_layer=1, n_lookahead=0, std=0.1)
-    hf.save_pretrained(model.float(), tmp_path / "base")
+    weights.save_pretrained(model.float(), tmp_path / "base")
     return tmp_path / "base"
 
 
@@ -327,28 +327,29 @@ def test_the_lookahead_stage_stores_the_table_alone_and_goes_on_from_it(gpt2_ove
     for name in ("table.safetensors", "log.jsonl"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
 
-    resumed = checkpoint.load(tmp_path / "broken/last.pt").model
+    resumed = weights.load(tmp_path / "broken/last.pt").model
     assert torch.equal(resumed.lookahead, safetensors.load_file(tmp_path / "broken/table.safetensors")["lookahead"])
-    assert torch.equal(resumed.wte.weight, hf.from_pretrained(gpt2_over_bytes).wte.weight)
-    hf.save_pretrained(random_model(seed=5, vocab_size=257, block_size=16, n_layer=1), gpt2_over_bytes)
+    assert torch.equal(resumed.wte.weight, weights.from_pretrained(gpt2_over_bytes).wte.weight)
+    weights.save_pretrained(random_model(seed=5, vocab_size=257, block_size=16, n_layer=1), gpt2_over_bytes)
     with pytest.raises(InputError, match="are others now"):
-        checkpoint.load(tmp_path / "broken/last.pt")
+        weights.load(tmp_path / "broken/last.pt")
 
 
 def test_the_joint_stage_trains_a_gpt2_with_a_new_table_and_stores_both(gpt2_over_bytes, call, tmp_path):
     call(train_tiny, *training(gpt2_over_bytes, "--stage", "joint", "--out", tmp_path / "run"))
-    trained = checkpoint.load(tmp_path / "run/model.pt")
+    trained = weights.load(tmp_path / "run/model.pt")
     assert trained.model.config.n_lookahead == 8
     assert trained.encoding.name == "gpt2"
-    assert not torch.equal(trained.model.wte.weight, hf.from_pretrained(gpt2_over_bytes).wte.weight.bfloat16().float())
-    call(hf, tmp_path / "run/model.pt", tmp_path / "out")
-    exported = checkpoint.load(tmp_path / "out").model
-    weights = trained.model.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in exported.state_dict().items())
+    untrained = weights.from_pretrained(gpt2_over_bytes).bfloat16().float()
+    assert not torch.equal(trained.model.wte.weight, untrained.wte.weight)
+    call(weights, tmp_path / "run/model.pt", tmp_path / "out")
+    exported = weights.load(tmp_path / "out").model
+    tensors = trained.model.state_dict()
+    assert all(torch.equal(value, tensors[name]) for name, value in exported.state_dict().items())
 
 
 def test_sampling_with_a_table_gives_the_text_without_it(gpt2_over_bytes, call, capsys, tmp_path):
-    hf.save_table(random_model(seed=0, n_lookahead=3), tmp_path / "table.safetensors")
+    weights.save_table(random_model(seed=0, n_lookahead=3), tmp_path / "table.safetensors")
     settings = ["--prompt", "Hi", "--temperature", "0", "--dtype", "float32", "--device", "cpu", "--json"]
     settings += ["--checkpoint", gpt2_over_bytes, "--lookahead-table", tmp_path / "table.safetensors"]
     texts = []
@@ -360,11 +361,11 @@ def test_sampling_with_a_table_gives_the_text_without_it(gpt2_over_bytes, call, 
         call(sample, *settings, "--pass", "--lookahead", "4")
     with pytest.raises(InputError, match="has no look-ahead tokens: name a file of them with --lookahead-table"):
         call(sample, *settings[:-2], "--pass")
-    hf.save_table(random_model(seed=0, n_embd=32), tmp_path / "table.safetensors")
+    weights.save_table(random_model(seed=0, n_embd=32), tmp_path / "table.safetensors")
     with pytest.raises(InputError, match="does not fit a model with n_embd 16"):
         call(sample, *settings, "--pass")
 
 
 def test_a_folder_whose_tokens_are_not_gpt2s_is_refused_where_text_is_needed(gpt2_over_bytes, folder):
     with pytest.raises(InputError, match="a vocabulary of 257 tokens, but a model of 11"):
-        checkpoint.load(folder)
+        weights.load(folder)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from minipass import checkpoint, losses
+from minipass import losses, weights
 from minipass.errors import InputError
 from minipass.model import GPTConfig
 
@@ -53,9 +53,9 @@ def run_training(corpus):
 def train(run_training):
     """train(out, "--steps", "3", ...): a run that comes to its end; returns what is in its model.pt."""
 
-    def run(out: Path, *arguments: str) -> checkpoint.Checkpoint:
+    def run(out: Path, *arguments: str) -> weights.Checkpoint:
         run_training(out, *arguments)
-        return checkpoint.load(out / "model.pt")
+        return weights.load(out / "model.pt")
 
     return run
 
@@ -68,9 +68,9 @@ def base(run_training, tmp_path_factory) -> Path:
     return out / "model.pt"
 
 
-def moved(before: Path, after: checkpoint.Checkpoint) -> set[str]:
+def moved(before: Path, after: weights.Checkpoint) -> set[str]:
     """Names of the parameters that differ."""
-    old, new = checkpoint.load(before).model.state_dict(), after.model.state_dict()
+    old, new = weights.load(before).model.state_dict(), after.model.state_dict()
     return {name for name in old if not torch.equal(old[name], new[name])}
 
 
@@ -122,8 +122,8 @@ def in_the_fifth_step(monkeypatch):
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Same weights to the last bit, and the same log."""
-    assert moved(one / "model.pt", checkpoint.load(other / "model.pt")) == set()
-    assert moved(one / "last.pt", checkpoint.load(other / "last.pt")) == set()  # float32
+    assert moved(one / "model.pt", weights.load(other / "model.pt")) == set()
+    assert moved(one / "last.pt", weights.load(other / "last.pt")) == set()  # float32
     assert (one / "log.jsonl").read_text() == (other / "log.jsonl").read_text()
 
 
@@ -135,7 +135,7 @@ def test_a_run_resumed_after_a_crash_ends_as_an_unbroken_one(train, unbroken, tm
     in_the_fifth_step(power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         train(tmp_path, *SIX_STEPS)
-    assert checkpoint.load(tmp_path / "last.pt").training["step"] == 4
+    assert weights.load(tmp_path / "last.pt").training["step"] == 4
     train(tmp_path, *SIX_STEPS, "--resume")
     assert_same_run(unbroken, tmp_path)
 
@@ -160,7 +160,7 @@ def test_a_second_ctrl_c_stops_at_once(run_training, tmp_path, in_the_fifth_step
     in_the_fifth_step(lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
         run_training(tmp_path, *SIX_STEPS)
-    assert checkpoint.load(tmp_path / "last.pt").training["step"] == 4
+    assert weights.load(tmp_path / "last.pt").training["step"] == 4
 
 
 def test_resuming_a_finished_run_changes_nothing(run_training, unbroken, tmp_path):

@@ -13,8 +13,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from minipass.checkpoint import atomic_write
 from minipass.cli import run_script
+from minipass.files import atomic_write
 from minipass.layout import Layout, chain, draft_layout, fused_layout, path, path_layout, with_groups
 
 REAL, LOOKAHEAD, CACHE = "#0072B2", "#E69F00", "#8C8C8C"  # told apart by colour-blind eyes, and by the dots and hatches

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tiktoken
 
-from minipass.checkpoint import atomic_write
+from minipass.files import atomic_write
 from minipass.generate import ACCEPTED, BONUS, CORRECTED, FREE, Generation, Round
 
 N_RESIDUAL = 5  # tokens of a residual that are shown, besides the one drawn

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minipass import checkpoint, losses
+from minipass import losses, weights
 from minipass.data import Document, encode_documents, even_windows, read_documents, split_documents
 from minipass.extras.benchmark.measuring import Contender, ours
 from minipass.generate import DEFAULT_PROMPT_LOOKUP
@@ -29,7 +29,7 @@ class Subject:
     """A checkpoint that is measured, under the name that the user gave."""
 
     name: str
-    loaded: checkpoint.Checkpoint
+    loaded: weights.Checkpoint
 
     @property
     def model(self) -> GPT:

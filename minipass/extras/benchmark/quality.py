@@ -10,11 +10,11 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from minipass.checkpoint import Checkpoint
 from minipass.extras.benchmark.measuring import wilson_interval
 from minipass.generate import generate
 from minipass.model import GPT
 from minipass.tokenizer import encode_text
+from minipass.weights import Checkpoint
 
 BATCH = 32
 

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from minipass import checkpoint
+from minipass import weights
 from minipass.errors import InputError
 from minipass.model import GPT, GPTConfig
 from minipass.tokenizer import build_encoding, train_bpe
@@ -24,14 +24,14 @@ def small(encoding) -> GPT:
 @pytest.fixture
 def saved(tmp_path, small, encoding):
     path = tmp_path / "model.pt"
-    checkpoint.save(path, small, encoding, {"stage": "joint", "steps": 7})
+    weights.save(path, small, encoding, {"stage": "joint", "steps": 7})
     return path
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_model_tokenizer_and_record_come_back(tmp_path, small, encoding, dtype):
-    checkpoint.save(tmp_path / "new" / "m.pt", small, encoding, {"steps": 7}, dtype=dtype)
-    loaded = checkpoint.load(tmp_path / "new" / "m.pt")
+    weights.save(tmp_path / "new" / "m.pt", small, encoding, {"steps": 7}, dtype=dtype)
+    loaded = weights.load(tmp_path / "new" / "m.pt")
     assert loaded.model.config == small.config
     for name, value in small.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], value.to(dtype).float())
@@ -50,7 +50,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(saved, small, encoding, mo
     before = saved.read_bytes()
     monkeypatch.setattr(torch, "save", half_a_save)
     with pytest.raises(InputError, match="cannot write"):
-        checkpoint.save(saved, small, encoding, {})
+        weights.save(saved, small, encoding, {})
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
 
@@ -63,14 +63,14 @@ def test_an_interrupt_in_the_middle_of_a_save_leaves_the_old_file_and_no_other(s
     before = saved.read_bytes()
     monkeypatch.setattr(torch, "save", interrupted_save)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(saved, small, encoding, {})
+        weights.save(saved, small, encoding, {})
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match="there is no checkpoint"):
-        checkpoint.load(tmp_path / "none.pt")
+        weights.load(tmp_path / "none.pt")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.7, 0.99])
@@ -78,7 +78,7 @@ def test_a_truncated_file_is_refused(saved, share):
     data = saved.read_bytes()
     saved.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(InputError):
-        checkpoint.load(saved)
+        weights.load(saved)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path, data):
     path = tmp_path / "other.pt"
     path.write_bytes(data)
     with pytest.raises(InputError):
-        checkpoint.load(path)
+        weights.load(path)
 
 
 class RunsCode:
@@ -104,9 +104,9 @@ class RunsCode:
 @pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, write):
     marker, path = tmp_path / "it ran", tmp_path / "evil.pt"
-    write({"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "config": RunsCode(marker)}, path)
+    write({"format": weights.FORMAT, "version": weights.VERSION, "config": RunsCode(marker)}, path)
     with pytest.raises(InputError):
-        checkpoint.load(path)
+        weights.load(path)
     assert not marker.exists()
 
 
@@ -138,7 +138,7 @@ def change_nothing_else(path, **changes):
 def test_a_file_that_does_not_fit_together_is_refused(saved, changes):
     change_nothing_else(saved, **changes)
     with pytest.raises(InputError):
-        checkpoint.load(saved)
+        weights.load(saved)
 
 
 @pytest.mark.parametrize("key", ["format", "version", "config", "weights", "tokenizer"])
@@ -147,7 +147,7 @@ def test_a_file_with_a_part_left_out_is_refused(saved, key):
     del content[key]
     torch.save(content, saved)
     with pytest.raises(InputError):
-        checkpoint.load(saved)
+        weights.load(saved)
 
 
 def test_weights_of_another_size_are_refused_in_a_message_that_names_them(saved):
@@ -155,19 +155,19 @@ def test_weights_of_another_size_are_refused_in_a_message_that_names_them(saved)
     content["weights"]["wpe.weight"] = torch.zeros(5, 8)
     torch.save(content, saved)
     with pytest.raises(InputError, match="wpe.weight"):
-        checkpoint.load(saved)
+        weights.load(saved)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".pt", ".", ""])
 def test_a_name_that_cannot_be_a_file_is_refused(name):
     with pytest.raises(InputError, match="there is no checkpoint"):
-        checkpoint.load(name)
+        weights.load(name)
 
 
 @pytest.mark.parametrize("place", ["model.pt/below/a/file.pt", "x" * 300])
 def test_a_place_that_cannot_be_written_is_an_input_error(saved, small, encoding, place):
     with pytest.raises(InputError, match="cannot write"):
-        checkpoint.save(saved.parent / place, small, encoding, {})
+        weights.save(saved.parent / place, small, encoding, {})
     assert list(saved.parent.iterdir()) == [saved]
 
 
@@ -176,8 +176,8 @@ def test_the_state_for_going_on_comes_back(tmp_path, small, encoding):
     small(torch.tensor([[1, 2, 3]])).sum().backward()
     optimizer.step()
     training = {"step": 3, "optimizers": [optimizer.state_dict()]}
-    checkpoint.save(tmp_path / "last.pt", small, encoding, {}, training=training)
-    loaded = checkpoint.load(tmp_path / "last.pt").training
+    weights.save(tmp_path / "last.pt", small, encoding, {}, training=training)
+    loaded = weights.load(tmp_path / "last.pt").training
     assert loaded["step"] == 3
     moment = optimizer.state_dict()["state"][0]["exp_avg"]
     assert torch.equal(loaded["optimizers"][0]["state"][0]["exp_avg"], moment)
@@ -186,11 +186,11 @@ def test_the_state_for_going_on_comes_back(tmp_path, small, encoding):
 def test_a_torch_file_of_something_else_is_refused(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     with pytest.raises(InputError, match="not a minipass checkpoint"):
-        checkpoint.load(tmp_path / "tensor.pt")
+        weights.load(tmp_path / "tensor.pt")
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in checkpoint.SHIPPED.glob("*.pt")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in weights.SHIPPED.glob("*.pt")))
 def test_a_shipped_checkpoint_loads_by_its_name(name):
-    loaded = checkpoint.load(name)
+    loaded = weights.load(name)
     assert loaded.record["stage"] == {"joint": "joint", "frozen": "lookahead", "draft": "base"}[name]
     assert (loaded.model.config.n_lookahead > 0) == (name != "draft")
