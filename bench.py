@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from minipass import capture, weights
+from minipass import graphs, weights
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.data import BUILT_IN
 from minipass.errors import InputError
@@ -23,7 +23,7 @@ from minipass.extras.benchmark.reporting import Report
 from minipass.files import atomic_write
 
 DEFAULT_LENGTHS = (2, 4)
-LEAST_NEW_TOKENS = 16  # more than any round emits, so that there is a second one to time
+LEAST_NEW_TOKENS = 2  # the clock starts after the first
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
         "of training runs")  # fmt: skip
     add("--data", default="python", help=f"{', '.join(BUILT_IN)} or a path: the corpus whose held-out files give the "
         "prompts (default: %(default)s)")  # fmt: skip
-    add("--lookahead", nargs="+", type=int, metavar="L", help="drafts in a round (default: 2 4)")
+    add("--lookahead", nargs="+", type=int, metavar="L", help="drafts in a row (default: 2 4)")
     add("--prompts", type=int, default=48, help="number of prompts (default: %(default)s)")
     add("--prompt-tokens", type=int, default=100, help="tokens of each prompt (default: %(default)s)")
     add("--new-tokens", type=int, default=120, help="tokens generated for each (default: %(default)s)")
@@ -52,7 +52,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto)")
-    add("--compile", action="store_true", help="on CUDA: replay passes and rounds of all methods as graphs")
+    add(
+        "--cuda-graphs", action="store_true", help="on CUDA: record the turns of all methods as graphs, and replay them"
+    )
+    add("--compile", action="store_true", dest="cuda_graphs", help=argparse.SUPPRESS)  # its old name
     add("--json", type=Path, metavar="PATH", help="also write all figures there, after each experiment; those of other "
         "experiments that are there stay")  # fmt: skip
     add("--plots", type=Path, metavar="FOLDER", help="also draw pictures into it")
@@ -69,8 +72,8 @@ def prepare(args: argparse.Namespace) -> Bench:
     """Loads the checkpoints and sees that they fit together, before anything is measured."""
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    if args.compile and not capture.available(device):
-        raise InputError(f"--compile needs CUDA, and the device is {device}")
+    if args.cuda_graphs and not graphs.available(device):
+        raise InputError(f"--cuda-graphs needs CUDA, and the device is {device}")
 
     def load(name: str) -> Subject:
         return Subject(name, weights.load(name, device=device, dtype=dtype))
@@ -124,7 +127,7 @@ def prepare(args: argparse.Namespace) -> Bench:
         new_tokens=args.new_tokens,
         n_samples=args.samples,
         seed=args.seed,
-        captures={} if args.compile else None,
+        use_graphs=args.cuda_graphs,
     )
 
 
@@ -165,7 +168,7 @@ def read_results(path: Path) -> dict:
 
 
 def write_results(path: Path, results: dict) -> None:
-    """Atomically, so that an interrupt leaves what was measured before."""
+    """Atomically, an interrupt leaves what was measured before."""
     content = json.dumps(results, indent=1) + "\n"
     atomic_write(path, lambda temporary: temporary.write_text(content))
 
@@ -184,7 +187,7 @@ def main() -> None:
     bench = prepare(args)
     results = read_results(args.json) if args.json else {"experiments": {}}
     if args.json:
-        write_results(args.json, results)  # now, so that a place that takes no file is known before hours are spent
+        write_results(args.json, results)  # before hours are spent: the place may take no file
     if args.plots:
         atomic_write(args.plots / "bench.txt", lambda path: path.write_text(setting(bench) + "\n"))
     for name in EXPERIMENTS if args.full else args.only or ["headline"]:

@@ -2,7 +2,7 @@
 
 The text goes to standard output as it comes, coloured by origin on a terminal; one line of statistics follows on
 standard error. `--compare` times the same prompt with and without PaSS, `--json` prints one object instead of text,
-`--trace` writes a page that shows what each round drafted and kept.
+`--trace` writes a page that shows what each turn drafted and accepted.
 """
 
 import argparse
@@ -12,27 +12,23 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minipass import weights
+from minipass.api import DEFAULT_LOOKAHEAD, DEFAULT_LOOKUP, DEFAULT_TREE, make_method
+from minipass.auto import MOST_AUTO_LOOKAHEAD, AdaptiveTree, Auto, best_tree, turn_seconds
 from minipass.cli import choose_device, choose_dtype, run_script
+from minipass.decode import Engine, Plain
 from minipass.errors import InputError
 from minipass.extras.trace import Trace
-from minipass.generate import (
-    ACCEPTED,
-    BONUS,
-    CORRECTED,
-    DEFAULT_LOOKAHEAD,
-    DEFAULT_PROMPT_LOOKUP,
-    Generation,
-    Round,
-    stream,
-)
-from minipass.shapes import MOST_AUTO_LOOKAHEAD, AdaptiveTree, best_tree, round_seconds
+from minipass.sampling import COUPLED, RULES, Sampling
+from minipass.texts import ACCEPTED, BONUS, CORRECTED, Generation, Turn
 from minipass.tokenizer import encode_bytes
+from minipass.trees import MOST_DRAFTS
 
 DEFAULT_PROMPT = '''class Stack:
     """A last-in, first-out collection of items."""
@@ -43,65 +39,82 @@ DEFAULT_PROMPT = '''class Stack:
     def __len__(self):
         return len(self._items)
 
-    def push(self, item):'''  # no line end: the tokens of this text hold it together with the indentation behind it
-MOST_TREE_SIZE = 256  # drafts; a pass has as many times 1 + L rows
+    def push(self, item):'''  # no line end: the tokens of this text hold it together with the indentation after it
+DEFAULT_TREE_SIZE = 8
 AUTO = "auto"
-COLOURS = {ACCEPTED: "32", BONUS: "36", CORRECTED: "33"}  # green, cyan, yellow; a free token stays as it is
-METHOD_OF = {None: "autoregressive", "fused": "pass", "two-pass": "pass-two-pass", "tree": "pass-tree"}
+COLOURS = {ACCEPTED: "32", BONUS: "36", CORRECTED: "33"}  # green, cyan, yellow; a sampled token stays as it is
+METHOD_OF = {None: "plain", "fused": "pass", "two-pass": "two-pass", "tree": "tree"}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_argument_group("what to write").add_argument
+    add("--prompt", help="text to continue, or - for standard input (default: the beginning of a Python class)")
+    add("--max-new-tokens", type=int, default=128, help="at most so many (default: %(default)s)")
+    add = parser.add_argument_group("how to draft").add_argument
     add(
         "--pass",
         dest="variant",
         nargs="?",
         const="fused",
         choices=("fused", "two-pass", "tree"),
-        help="parallel speculative sampling: fused, one pass a round (default), the paper's two-pass form, or a tree "
-        "of drafts, fused",
+        help="parallel speculative sampling: fused, each pass verifies and drafts (default), the paper's two passes, "
+        "or a tree of drafts, fused",
     )
-    add("--prompt", help="text to continue, or - for standard input (default: the beginning of a Python class)")
-    add("--max-new-tokens", type=int, default=128, help="at most so many (default: %(default)s)")
+    add("--lookahead", type=length, metavar="L", help="drafts in a row, or auto: a tree of drafts that fits this "
+        f"machine, by a short measurement, and then the text (default: {DEFAULT_LOOKAHEAD}; as many as the tree is "
+        "deep)")  # fmt: skip
+    add("--tree-size", type=int, metavar="N", help=f"drafts in --pass tree (default: {DEFAULT_TREE_SIZE})")
+    add("--prompt-lookup", type=int, nargs="?", const=DEFAULT_LOOKUP, metavar="N", help="copy N drafts from the text "
+        "where its last tokens were before: with --pass fused or tree, or alone (default: none, without a number: "
+        "%(const)s)")  # fmt: skip
+    add("--rule", choices=RULES, help="how drafts are tested: coupled, by what the target draws with the same noise, "
+        "which gives the text of plain decoding, or rejection, the paper's (default: coupled; of two-pass, "
+        "rejection)")  # fmt: skip
+    add = parser.add_argument_group("how to sample").add_argument
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     add("--top-k", type=int, default=10, help="draw from the k most likely tokens (default: %(default)s)")
     add("--top-p", type=float, help="draw from the fewest tokens with this probability (default: all)")
-    add("--lookahead", type=length, metavar="L", help="drafts in a row in each round, or auto: a tree of drafts that "
-        "fits this machine, by a short measurement, and then the text; what a seed draws depends on it (default: "
-        f"{DEFAULT_LOOKAHEAD}; as many as the tree is deep)")  # fmt: skip
-    add("--tree-size", type=int, default=8, metavar="N", help="drafts in a round of --pass tree (default: %(default)s)")
-    add("--prompt-lookup", type=int, nargs="?", const=DEFAULT_PROMPT_LOOKUP, default=0, metavar="N", help="copy "
-        "N drafts from the text where its last tokens stood before: with --pass fused or tree, or alone (default: 0, "
-        "without a number: %(const)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, bfloat16 where "
-        "the hardware has it)")  # fmt: skip
-    add("--compile", action="store_true", help="on CUDA: record what a round computes as a graph, and replay it")
+    add = parser.add_argument_group("model").add_argument
     add("--checkpoint", default="joint", help="a file, the name of one in the package, or a GPT-2: gpt2 .. gpt2-xl or "
         "a folder with its files (default: %(default)s)")  # fmt: skip
     add("--lookahead-table", metavar="FILE", help="take the look-ahead tokens from this file")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, bfloat16 where "
+        "the hardware has it)")  # fmt: skip
+    add("--cuda-graphs", action="store_true", help="on CUDA: record what a turn computes as a graph, and replay it")
+    add("--compile", dest="cuda_graphs", action="store_true", help=argparse.SUPPRESS)  # its name until now
+    add = parser.add_argument_group("output").add_argument
     add("--compare", action="store_true", help="time the prompt with and without PaSS, side by side")
     add("--json", action="store_true", help="print one JSON object")
-    add("--trace", type=Path, metavar="PATH", help="also write a web page that shows every round")
+    add("--trace", type=Path, metavar="PATH", help="also write a web page that shows every turn")
     args = parser.parse_args()
     if args.compare and (args.json or args.trace):
         raise InputError(f"--compare and {'--json' if args.json else '--trace'} exclude each other")
+    for name, least in (("lookahead", 1), ("tree_size", 1), ("prompt_lookup", 0)):
+        value = getattr(args, name)
+        if isinstance(value, int) and not least <= value <= MOST_DRAFTS:
+            raise InputError(f"--{name.replace('_', '-')} must lie in {least}..{MOST_DRAFTS}, not {value}")
     if args.compare and args.variant is None and not args.prompt_lookup:
         args.variant = "fused"
-    if args.prompt_lookup and args.variant == "two-pass":
-        raise InputError("--prompt-lookup needs --pass fused or --pass tree, or no --pass")
-    if not 0 <= args.prompt_lookup <= MOST_TREE_SIZE:
-        raise InputError(f"--prompt-lookup must lie in 0..{MOST_TREE_SIZE}, not {args.prompt_lookup}")
+    for name, used, needed in (
+        ("lookahead", args.variant, "--pass"),
+        ("tree_size", args.variant == "tree" and args.lookahead != AUTO, "--pass tree, and no --lookahead auto"),
+        ("rule", args.variant or args.prompt_lookup, "--pass or --prompt-lookup"),
+        ("prompt_lookup", args.variant != "two-pass", "--pass fused or --pass tree, or no --pass"),
+    ):
+        if getattr(args, name) and not used:
+            raise InputError(f"--{name.replace('_', '-')} needs {needed}")
+    if args.lookahead == AUTO and args.variant == "two-pass":
+        raise InputError("--lookahead auto needs --pass fused or --pass tree")
     if args.trace and not args.trace.name:
         raise InputError(f"--trace must name a file, not {args.trace}")
-    if not 1 <= args.tree_size <= MOST_TREE_SIZE:
-        raise InputError(f"--tree-size must lie in 1..{MOST_TREE_SIZE}, not {args.tree_size}")
-    if args.lookahead == AUTO and args.variant in (None, "two-pass"):
-        raise InputError("--lookahead auto needs --pass fused or --pass tree")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2**63 - 1, not {args.seed}")
+    args.method = AUTO if args.lookahead == AUTO else METHOD_OF[args.variant]
+    if args.variant is None and args.prompt_lookup:
+        args.method = "prompt-lookup"
     return args
 
 
@@ -115,23 +128,32 @@ def length(argument: str) -> int | str:
         raise argparse.ArgumentTypeError(f"must be a whole number or {AUTO}, not {argument}") from None
 
 
-def drafting(loaded: weights.Checkpoint, args: argparse.Namespace, captures: dict | None) -> dict:
-    """What --pass, --lookahead, --tree-size and --prompt-lookup say, as stream's settings.
+def choose_method(loaded: weights.Checkpoint, args: argparse.Namespace, sampling: Sampling) -> Any:
+    """What the options under "how to draft" say.
 
-    Trees are chosen by the hits that were measured at the end of the checkpoint's training.
+    Trees are chosen by the accuracy of drafts that was measured at the end of the checkpoint's training.
     """
-    method, hits = METHOD_OF[args.variant], loaded.record.get("hits", [])
-    if args.variant is None and args.prompt_lookup:
-        method = "prompt-lookup"
-    if args.lookahead == AUTO:
-        if not hits:
-            raise InputError(f"{args.checkpoint} has no record of how often its drafts are right; give --lookahead")
-        sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-        hits = hits[:MOST_AUTO_LOOKAHEAD]
-        seconds = round_seconds(loaded.model, hits, captures=captures, **sampling)
-        return {"method": "pass-tree", "tree": AdaptiveTree(hits, seconds), "prompt_lookup": args.prompt_lookup}
-    tree = best_tree(hits[: args.lookahead], args.tree_size) if hits and method == "pass-tree" else None
-    return {"method": method, "lookahead": args.lookahead, "tree": tree, "prompt_lookup": args.prompt_lookup}
+    n_lookahead = loaded.model.config.n_lookahead
+    if args.variant and n_lookahead == 0:
+        raise InputError(f"{args.checkpoint} has no look-ahead tokens: name a file of them with --lookahead-table")
+    if args.lookahead not in (None, AUTO) and args.lookahead > n_lookahead:
+        raise InputError(f"--lookahead must lie in 1..{n_lookahead} for {args.checkpoint}, not {args.lookahead}")
+    accuracy = loaded.record.get("rank_accuracy", [])[:n_lookahead]
+    if not accuracy and (args.method == AUTO or args.tree_size):
+        option = "--lookahead auto" if args.method == AUTO else "--tree-size"
+        raise InputError(f"{args.checkpoint} has no record of how often its drafts are right, which {option} needs")
+    if args.method == AUTO:
+        accuracy, rule = accuracy[:MOST_AUTO_LOOKAHEAD], args.rule or COUPLED
+        seconds = turn_seconds(loaded.model, accuracy, sampling, rule=rule, use_graphs=args.cuda_graphs)
+        return Auto(AdaptiveTree(accuracy, seconds), rule, args.prompt_lookup or 0)
+    settings: dict[str, Any] = {"rule": args.rule, "lookup": args.prompt_lookup}
+    if args.method == "tree":
+        size = args.tree_size or DEFAULT_TREE_SIZE
+        deepest = args.lookahead or n_lookahead
+        settings["tree"] = best_tree(accuracy[:deepest], size) if accuracy else DEFAULT_TREE.cut(deepest)
+    else:
+        settings["lookahead"] = args.lookahead
+    return make_method(args.method, **settings)
 
 
 def read_prompt(argument: str | None) -> bytes:
@@ -162,12 +184,12 @@ class TextPrinter:
         sys.stdout.write(f"\033[{colour}m{text}\033[0m" if self.coloured and colour and text else text)
 
 
-def run(rounds, on_round: Callable[[Round], None] = lambda record: None) -> tuple[Generation, float]:
-    """Goes through the rounds of one prompt; returns the generation and its seconds, prefill included."""
+def run(turns: Iterator[Turn], on_turn: Callable[[Turn], None] = lambda turn: None) -> tuple[Generation, float]:
+    """Goes through the turns of one prompt; returns the generation and its seconds, prefill included."""
     result, began = Generation(), time.perf_counter()
-    for record in rounds:
-        result.add(record)
-        on_round(record)
+    for turn in turns:
+        result.add(turn)
+        on_turn(turn)
     return result, time.perf_counter() - began
 
 
@@ -175,25 +197,29 @@ def statistics_line(result: Generation, seconds: float, coloured: bool) -> str:
     n_tokens = len(result.tokens[0])
     line = f"{n_tokens} tokens in {result.passes} passes: {result.tokens_per_pass:.2f} tokens/pass"
     if result.tested:
-        line += "; kept by position " + " ".join(f"{share:.2f}" for share in result.acceptance)
+        line += "; accepted by position " + " ".join(f"{share:.2f}" for share in result.acceptance)
     line += f"; {n_tokens / seconds:.0f} tokens/s"
     if coloured and result.tested:
         line += "  (" + " ".join(f"\033[{colour}m{name}\033[0m" for name, colour in COLOURS.items()) + ")"
     return line
 
 
-def compare(rounds_of: Callable, drafts: dict, repeats: int = 5) -> None:
-    """Prints medians over `repeats` alternating runs without and with drafts, after a warm-up of each."""
-    methods = {"autoregressive": {"method": "autoregressive"}, drafts["method"]: drafts}
-    rates: dict[str, list[float]] = {name: [] for name in methods}
+def compare(
+    engines: dict[str, Engine], turns_of: Callable[[Engine], Iterator[Turn]], may_differ: str, repeats: int = 5
+) -> None:
+    """Prints medians over `repeats` alternating runs of two engines, after a warm-up of each.
+
+    may_differ: why their texts may; if there is no reason and they do, exits with a sentence and status 1.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in engines}
     results = {}
     for repeat in range(repeats + 1):
-        for name in methods:
-            results[name], seconds = run(rounds_of(methods[name]))
+        for name in engines:
+            results[name], seconds = run(turns_of(engines[name]))
             if repeat:
                 rates[name].append(len(results[name].tokens[0]) / seconds)
     print(f"{'':16}{'tokens/s':>10}{'tokens/pass':>13}{'tokens':>8}{'passes':>8}")
-    for name in methods:
+    for name in engines:
         result, rate = results[name], statistics.median(rates[name])
         print(f"{name:16}{rate:10.0f}{result.tokens_per_pass:13.2f}{len(result.tokens[0]):8}{result.passes:8}")
     ratios = [new / old for old, new in zip(*rates.values(), strict=True)]
@@ -201,9 +227,22 @@ def compare(rounds_of: Callable, drafts: dict, repeats: int = 5) -> None:
         f"speed-up {statistics.median(ratios):.2f} (median of {repeats} pairs, {min(ratios):.2f} to {max(ratios):.2f}; "
         "prefill included)"
     )
-    one, other = (result.tokens for result in results.values())
-    same = one == other
-    print("same text" if same else "another text: at temperature > 0 another draw, in bfloat16 also another rounding")
+    (one,), (other,) = (result.tokens for result in results.values())
+    if one != other and not may_differ:
+        same = next((i for i, pair in enumerate(zip(one, other, strict=False)) if len(set(pair)) > 1), len(one))
+        sys.exit(f"sample.py: the texts differ after {same} tokens and must not: this is a mistake in minipass")
+    print("same text" if one == other else f"another text: {may_differ}")
+
+
+def why_texts_may_differ(method: Any, sampling: Sampling, dtype: torch.dtype) -> str:
+    """From those of plain decoding with the same seed; empty where they must be equal."""
+    if sampling.temperature > 0 and method.rule != COUPLED:
+        return f"by the rule {method.rule} it is another draw"
+    return "" if dtype == torch.float64 else f"{dtype_name(dtype)} rounds differently with another number of rows"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def main() -> None:
@@ -211,47 +250,35 @@ def main() -> None:
     prompt = read_prompt(args.prompt)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
     loaded = weights.load(args.checkpoint, device=device, dtype=dtype)
     if args.lookahead_table:
         weights.load_table(loaded.model, args.lookahead_table)
-    if args.variant and loaded.model.config.n_lookahead == 0:
-        raise InputError(f"{args.checkpoint} has no look-ahead tokens: name a file of them with --lookahead-table")
     encoding, prompt_ids = loaded.encoding, encode_bytes(loaded.encoding, prompt)
+    method = choose_method(loaded, args, sampling)
+    engine = Engine(loaded.model, method, sampling, use_graphs=args.cuda_graphs)
 
-    def rounds_of(drafts: dict):
-        return stream(
-            loaded.model,
-            prompt_ids,
-            args.max_new_tokens,
-            **drafts,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            stop_token=encoding.eot_token,
-            generator=torch.Generator(device).manual_seed(args.seed),
-            captures=captures,
-        )
+    def turns_of(engine: Engine) -> Iterator[Turn]:
+        return engine.stream(prompt_ids, args.max_new_tokens, stop_token=encoding.eot_token, seed=args.seed)
 
-    captures = {} if args.compile else None
-    drafts = drafting(loaded, args, captures)
     if args.compare:
-        compare(rounds_of, drafts)
+        plain = Engine(loaded.model, Plain(), sampling, use_graphs=args.cuda_graphs)
+        compare({"plain": plain, args.method: engine}, turns_of, why_texts_may_differ(method, sampling, dtype))
         return
-    method = drafts["method"]
-    names = ["checkpoint", "lookahead_table", "temperature", "top_k", "top_p", "lookahead", "seed"]
-    if args.variant == "tree" and args.lookahead != AUTO:
-        names.append("tree_size")
-    if args.prompt_lookup:
-        names.append("prompt_lookup")
+    names = "checkpoint lookahead_table temperature top_k top_p lookahead prompt_lookup seed".split()
     given = {name.replace("_", "-"): getattr(args, name) for name in names if getattr(args, name) is not None}
-    trace = Trace(encoding, prompt, {"method": method, **given, "dtype": str(dtype).removeprefix("torch.")})
+    if args.method == "tree":
+        given["tree-size"] = len(method.tree.parents)
+    if args.method != "plain":
+        given["rule"] = method.rule
+    trace = Trace(encoding, prompt, {"method": args.method, **given, "dtype": dtype_name(dtype)})
 
-    def keep(record: Round) -> None:
+    def keep(turn: Turn) -> None:
         if args.trace:
-            trace.add(record)
+            trace.add(turn)
 
     if args.json:
-        result, seconds = run(rounds_of(drafts), keep)
+        result, seconds = run(turns_of(engine), keep)
         tokens = result.tokens[0]
         text = encoding.decode_bytes([token for token in tokens if token != encoding.eot_token])
         figures = {
@@ -261,24 +288,24 @@ def main() -> None:
             "tokens_per_pass": result.tokens_per_pass,
             "acceptance": result.acceptance,
             "tokens_per_second": len(tokens) / seconds,
-            "method": method,
+            "method": args.method,
         }
         print(json.dumps(figures))
         if args.trace:
             trace.write(args.trace)
         return
+    turns = turns_of(engine)  # finds a bad setting before anything is written
     sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show every character
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     printer = TextPrinter(encoding, coloured)
-    unwritten = [prompt]
+    printer.write_bytes(prompt)
+    sys.stdout.flush()
 
-    def show(record: Round) -> None:
-        if unwritten:  # with the first round, so that a bad setting is found before anything is written
-            printer.write_bytes(unwritten.pop())
-        printer.write(record.tokens[0], record.origins[0])
-        keep(record)
+    def show(turn: Turn) -> None:
+        printer.write(turn.tokens[0], turn.origins[0])
+        keep(turn)
 
-    result, seconds = run(rounds_of(drafts), show)
+    result, seconds = run(turns, show)
     printer.write_bytes(b"", final=True)
     print(flush=True)
     print(statistics_line(result, seconds, coloured and sys.stderr.isatty()), file=sys.stderr)

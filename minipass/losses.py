@@ -9,11 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minipass.layout import lookahead_ids, path, with_groups
+from minipass.layout import path, with_groups
 from minipass.model import GPT
 
 LOOKAHEAD_LOSSES = ("ce", "kl", "tv")
-N_RANKS = 10  # drafts of one position whose hits are counted
+N_RANKS = 10  # drafts of one position that are compared with the likeliest token
 TV_SCALE = 4.0  # a total variation counts for so many nats of KL, so that one weight suits all three losses
 
 
@@ -36,10 +36,7 @@ def training_pass(
     n_text, n_lookahead = text.shape[1], model.config.n_lookahead if n_lookahead is None else n_lookahead
     if n_lookahead == 0 or cuts.shape[1] == 0:
         return model(text), text.new_zeros(len(text), 0, 0, model.config.vocab_size, dtype=torch.float32)
-    ids = lookahead_ids(model.config.vocab_size, *[n_lookahead] * cuts.shape[1]).to(text.device)
-    ids = torch.cat([text, ids.expand(len(text), -1)], dim=1)
-    layout = with_groups(path(n_text), cuts, n_lookahead).to(text.device)
-    logits = model(ids, layout)
+    logits = model(text, with_groups(path(n_text), cuts, n_lookahead).to(text.device))
     return logits[:, :n_text], logits[:, n_text:].unflatten(1, (-1, n_lookahead))
 
 
@@ -86,8 +83,8 @@ def evaluate(model: GPT, windows: torch.Tensor, *, n_groups: int = 8, batch_size
 
     Returns `loss`, nats per token of plain next-token prediction, and by look-ahead position (lists of L)
     `acceptance`, the expected acceptance sum(min(p, q)) = 1 - TV(p, q) at temperature 1; `match`, how often the
-    most likely draft is the model's most likely token; and `hits`, (L, N_RANKS), how often that token is the draft of
-    each rank, counted where all positions before had such a hit, as on a path of a tree.
+    most likely draft is the model's most likely token; and `rank_accuracy`, (L, N_RANKS), how often that token is the
+    draft of each rank, counted where it was one of them at all positions before, as on a path of a tree.
     """
     n_lookahead, rng = model.config.n_lookahead, np.random.default_rng(0)
     losses, acceptance, right = [], [], []
@@ -102,11 +99,11 @@ def evaluate(model: GPT, windows: torch.Tensor, *, n_groups: int = 8, batch_size
             acceptance.append(torch.minimum(p, q).sum(-1).flatten(0, 1))
             ranked = draft_logits.topk(min(N_RANKS, p.shape[-1])).indices  # (B, G, L, N_RANKS)
             right.append((ranked == q_logits.argmax(-1, keepdim=True)).flatten(0, 1))  # (B * G, L, N_RANKS)
-    figures = {"loss": torch.stack(losses).mean().item(), "acceptance": [], "match": [], "hits": []}
+    figures = {"loss": torch.stack(losses).mean().item(), "acceptance": [], "match": [], "rank_accuracy": []}
     if right:
         right = torch.cat(right).double()  # (N, L, N_RANKS)
-        reached = F.pad(right.sum(-1).cumprod(1), (1, -1), value=1.0)[..., None]  # (N, L, 1): all before were hits
+        reached = F.pad(right.sum(-1).cumprod(1), (1, -1), value=1.0)[..., None]  # (N, L, 1): all before were right
         figures["acceptance"] = torch.cat(acceptance).mean(0).tolist()
         figures["match"] = right[..., 0].mean(0).tolist()
-        figures["hits"] = ((right * reached).sum(0) / reached.sum(0).clamp(min=1)).tolist()
+        figures["rank_accuracy"] = ((right * reached).sum(0) / reached.sum(0).clamp(min=1)).tolist()
     return figures

@@ -5,8 +5,11 @@ One forward serves training, prefill, plain decoding, draft, verify and fused pa
 (PaSS, section 3; arXiv 2311.13581).
 """
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -41,70 +44,58 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the real tokens so far: preallocated, with a length per batch row.
+    """Keys and values of the real tokens so far: preallocated, with a length for each text of the batch.
 
-    keys, values: (n_layer, B, n_head, max_len, head_dim). length: (B,) int64. A pass writes its R rows into the slots
-    behind `length` and leaves `length` alone; the caller then keeps the first k of them with `cache.length += k`.
-    Rows that are not kept (look-ahead rows, rejected drafts) are overwritten by the next pass; until then the mask
-    hides them. Rolling back is setting `length`.
+    pairs: (n_layer, B, max_len, 2, n_head, head_dim), keys and values side by side. length: (B,) int64. A pass writes
+    its R rows into the slots after `length` and leaves `length` alone; the caller then keeps the first k of them with
+    `cache.length += k`. Rows that are not kept (look-ahead rows, rejected drafts) are overwritten by the next pass;
+    until then the mask hides them. Rolling back is setting `length`.
     """
 
     def __init__(
-        self,
-        config: GPTConfig,
-        batch_size: int,
-        max_len: int,
-        *,
-        device: torch.device | None = None,
+        self, config: GPTConfig, batch_size: int, max_len: int, *, device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
-    ):
-        shape = (config.n_layer, batch_size, config.n_head, max_len, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+    ) -> None:  # fmt: skip
+        self.max_len = max_len
+        shape = (config.n_layer, batch_size, max_len, 2, config.n_head, config.n_embd // config.n_head)
+        self.pairs = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(batch_size, device=device, dtype=torch.int64)
         self.batch = torch.arange(batch_size, device=device)[:, None]  # (B, 1), goes with slots (B, R)
-
-    @property
-    def max_len(self) -> int:
-        """Slots of each row."""
-        return self.keys.shape[3]
+        self.masks: dict[Layout, torch.Tensor] = {}
 
     def slots(self, n_rows: int) -> torch.Tensor:
         """Where a pass of n_rows writes: (B, n_rows) int64."""
         return self.length[:, None] + torch.arange(n_rows, device=self.length.device)
 
-    def mask(self, visible: torch.Tensor) -> torch.Tensor:
-        """Extends (B or 1, R, R) `visible` over the cache: (B, R, max_len) bool, True where a row sees a slot.
+    def mask(self, layout: Layout) -> torch.Tensor:
+        """What is added to the attention scores of a pass: (B, R, max_len), 0 where a row sees a slot, else -inf. The
+        layout is one for all texts.
 
-        Slots before `length` are seen by all rows, the next R as `visible` says, and what lies behind by none.
+        All rows see the slots before `length`, then come the R rows as the layout says, and nobody sees what follows.
+        Such a row [seen .. | visible | hidden ..] is made once for each layout; a text's mask is a window of it.
         """
-        n_rows = visible.shape[1]
-        relative = torch.arange(self.max_len, device=self.length.device) - self.length[:, None]  # (B, max_len)
-        padded = F.pad(F.pad(visible, (1, 0), value=True), (0, 1), value=False)  # (.., R, 1 + R + 1)
-        index = relative.clamp(-1, n_rows) + 1  # 0: in the cache, 1..R: this pass, R + 1: garbage
-        index = index[:, None, :].expand(-1, n_rows, -1)
-        return padded.expand(len(index), -1, -1).gather(2, index)
+        if layout not in self.masks:
+            visible = F.pad(F.pad(layout.visible[0], (self.max_len, 0), value=True), (0, self.max_len))
+            scores = torch.zeros(visible.shape, device=visible.device, dtype=self.pairs.dtype)
+            scores.masked_fill_(~visible, -math.inf)
+            self.masks[layout] = scores.unfold(1, self.max_len, 1)  # (R, windows, max_len), a view
+        return self.masks[layout].index_select(1, self.max_len - self.length).transpose(0, 1)
 
-    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> tuple:
-        """Writes k, v (B, n_head, R, head_dim) into `slots` (B, R); returns all keys and values of that layer."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys[self.batch, :, slots] = k.transpose(1, 2)  # indexed assignment: 4x faster than scatter_ on a CPU
-        values[self.batch, :, slots] = v.transpose(1, 2)
-        return keys, values
+    def store(self, layer: int, slots: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+        """Writes pairs (B, R, 2, n_head, head_dim) into `slots` (B, R); returns all of that layer."""
+        self.pairs[layer][self.batch, slots] = pairs
+        return self.pairs[layer]
 
     def select(self, texts: torch.Tensor) -> None:
-        """Goes on with these rows of the batch alone: texts (B',) int64."""
-        self.keys, self.values, self.length = self.keys[:, texts], self.values[:, texts], self.length[texts]
-        self.batch = self.batch[: len(texts)]
+        """Continues with these texts of the batch alone: (B',) int64."""
+        self.pairs, self.length, self.batch = self.pairs[:, texts], self.length[texts], self.batch[: len(texts)]
 
     def gather(self, rows: torch.Tensor) -> None:
-        """Moves rows of the last pass to its front: rows (B, K) int64, numbers within the pass, any order.
+        """Moves rows of the last pass to its front: (B, K) int64, numbers within the pass, in any order.
 
-        What lay there is overwritten. This is how a kept path of a tree of drafts becomes contiguous.
+        This is how the accepted path of a draft tree becomes contiguous.
         """
-        source, target = self.length[:, None] + rows, self.slots(rows.shape[1])
-        self.keys[:, self.batch, :, target] = self.keys[:, self.batch, :, source]
-        self.values[:, self.batch, :, target] = self.values[:, self.batch, :, source]
+        self.pairs[:, self.batch, self.slots(rows.shape[1])] = self.pairs[:, self.batch, self.length[:, None] + rows]
 
 
 class Attention(nn.Module):
@@ -116,18 +107,14 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        mask: torch.Tensor | None,
-        cache: KVCache | None,
-        layer: int,
-        slots: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """x: (B, R, n_embd); mask: (B or 1, 1, R, keys) bool, None is causal. Returns (B, R, n_embd)."""
-        q, k, v = self.c_attn(x).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, R, hd)
-        if cache is not None:
-            k, v = cache.store(layer, k, v, slots)
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, store: Callable | None) -> torch.Tensor:
+        """x: (B, R, n_embd); mask: (B or 1, 1, R, keys), None is causal. Returns (B, R, n_embd)."""
+        qkv = self.c_attn(x).unflatten(2, (3, self.n_head, -1))  # (B, R, 3, H, hd)
+        q, pairs = qkv[:, :, 0], qkv[:, :, 1:]
+        if store is not None:
+            cached = store(pairs)  # (B, max_len, 2, H, hd)
+            pairs = pairs if mask is None else cached  # prefill: the rows are all that there is
+        q, k, v = q.transpose(1, 2), pairs[:, :, 0].transpose(1, 2), pairs[:, :, 1].transpose(1, 2)  # (B, H, .., hd)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
@@ -155,16 +142,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        mask: torch.Tensor | None,
-        cache: KVCache | None,
-        layer: int,
-        slots: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, store: Callable | None) -> torch.Tensor:
         """(B, R, n_embd) to (B, R, n_embd); the arguments are Attention's."""
-        x = x + self.attn(self.ln_1(x), mask, cache, layer, slots)
+        x = x + self.attn(self.ln_1(x), mask, store)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -205,6 +185,13 @@ class GPT(nn.Module):
         self.config = replace(self.config, n_lookahead=len(table))
         self.lookahead = nn.Parameter(table.detach().to(self.wte.weight, copy=True))
 
+    def with_lookahead(self, table: torch.Tensor) -> "GPT":
+        """This model, weights shared, with another look-ahead table. Raises InputError as set_lookahead."""
+        other = copy.copy(self)
+        other._parameters = dict(self._parameters)
+        other.set_lookahead(table)
+        return other
+
     def new_lookahead(self, n_lookahead: int) -> None:
         """Replaces the look-ahead table by a random one, N(0, 0.02). Raises InputError when n_lookahead < 0."""
         config = replace(self.config, n_lookahead=n_lookahead)
@@ -220,52 +207,40 @@ class GPT(nn.Module):
         """What the weights, the logits and the cache are in."""
         return self.wte.weight.dtype
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Input embeddings (B, R, n_embd) of ids (B, R): ordinary tokens, from vocab_size on the look-ahead table."""
-        vocab_size = self.config.vocab_size
-        if self.config.n_lookahead == 0:
-            return self.wte(ids)
-        lookahead = F.embedding((ids - vocab_size).clamp(min=0), self.lookahead)
-        return torch.where((ids < vocab_size)[..., None], self.wte(ids.clamp(max=vocab_size - 1)), lookahead)
+    def hidden(self, ids: torch.Tensor, layout: Layout | None = None, cache: KVCache | None = None) -> torch.Tensor:
+        """One pass over R rows, up to the last block: hidden states (B, R, n_embd).
 
-    def forward(
-        self,
-        ids: torch.Tensor,
-        layout: Layout | None = None,
-        cache: KVCache | None = None,
-        rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """One pass over R rows.
+        ids: (B, P) int64, the real rows; the layout's Q look-ahead rows follow them, R = P + Q.
+        layout: which rows see which, and positions; None is plain causal text from position 0, and an empty cache.
+        cache: the rows follow what it holds, and are written after it; its length is left to the caller.
 
-        ids: (B, R) int64; an id of vocab_size + i - 1 stands for the look-ahead token [LA]_i.
-        layout: which rows see which, and positions; None is plain causal text from position 0 (no cache then).
-        cache: the rows follow what it holds, and are written behind it; its length is left to the caller.
-        rows: (B, K) int64, the rows whose logits are wanted; None is all.
-        Returns logits (B, R or K, vocab_size) in the model's dtype.
-
-        A position past the window is clamped to its last: such rows (drafts behind the window's edge) yield nothing
-        that is kept, but may stand in a batch with rows that have room. Raises InputError when plain text is longer
-        than the window, ValueError when a cache comes without a layout or has no room.
+        A position past the window is clamped to its last: such rows (drafts past the window's edge) give nothing that
+        is emitted, but may share a batch with rows that have room. Raises InputError when plain text is longer than the
+        window, ValueError when the cache has no room.
         """
-        n_rows, block_size = ids.shape[1], self.config.block_size
+        n_rows, block_size = ids.shape[1] + (0 if layout is None else len(layout.lookahead)), self.config.block_size
+        if cache is not None and n_rows > cache.max_len:
+            raise ValueError(f"a pass of {n_rows} rows does not fit into a cache of {cache.max_len} slots")
+        x = self.wte(ids)
         if layout is None:
-            if cache is not None:
-                raise ValueError("a pass with a cache needs a layout")
             if n_rows > block_size:
                 raise InputError(f"{n_rows} tokens do not fit into the context window of {block_size}")
-            position, mask, slots = torch.arange(n_rows, device=ids.device)[None], None, None
-        elif cache is None:
-            position, mask, slots = layout.depth, layout.visible, None
+            position, mask = torch.arange(n_rows, device=ids.device), None
         else:
-            if n_rows > cache.max_len:
-                raise ValueError(f"a pass of {n_rows} rows does not fit into a cache of {cache.max_len} slots")
-            position, mask = cache.length[:, None] + layout.depth, cache.mask(layout.visible)
-            slots = cache.slots(n_rows)
-        if mask is not None:
-            mask = mask[:, None]  # the same for every head: (B, 1, R, keys)
-        x = self.embed(ids) + self.wpe(position.clamp(max=block_size - 1))
+            if len(layout.lookahead):
+                x = torch.cat([x, self.lookahead[layout.lookahead].expand(len(x), -1, -1)], dim=1)
+            position = layout.depth if cache is None else cache.length[:, None] + layout.depth
+            mask = (layout.visible if cache is None else cache.mask(layout))[:, None]  # for all heads: (B, 1, R, keys)
+        slots = None if cache is None else cache.slots(n_rows)
+        x = x + self.wpe(position.clamp(max=block_size - 1))
         for layer, block in enumerate(self.h):
-            x = block(x, mask, cache, layer, slots)
-        if rows is not None:
-            x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
-        return F.linear(self.ln_f(x), self.wte.weight)
+            x = block(x, mask, None if cache is None else partial(cache.store, layer, slots))
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., n_embd) to logits (..., vocab_size): the final norm and the tied head."""
+        return F.linear(self.ln_f(hidden), self.wte.weight)
+
+    def forward(self, ids: torch.Tensor, layout: Layout | None = None, cache: KVCache | None = None) -> torch.Tensor:
+        """One pass over R rows to logits (B, R, vocab_size), in the model's dtype; arguments and errors of `hidden`."""
+        return self.logits(self.hidden(ids, layout, cache))

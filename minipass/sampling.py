@@ -1,172 +1,126 @@
-"""Logits to probabilities, drawing tokens, and speculative acceptance: the rules behind every method's exactness.
+"""What the next token is: settings, target distributions, and random numbers that depend on the text alone.
 
-The acceptance rule is from Chen et al., arXiv 2302.01318, and Leviathan et al., arXiv 2211.17192: whatever the draft
-distribution p is, what comes out has the target's distribution q, since min(p, q) is kept and the residual is the rest.
-`tree_accept` is the same for several drafts at each place.
+Noise is stateless: each number is a hash of (seed, stream, text position, token). A token is drawn by an exponential
+race, argmax of probs / e with e ~ Exp(1), which is the Gumbel-max trick. A text is thus a function of weights, prompt
+and seed, whatever the batch. `reject` is the acceptance rule of Chen et al. (arXiv 2302.01318) and Leviathan et al.
+(arXiv 2211.17192); the coupled rule needs no function: a draft is right if the target draws it, by the same noise
+(Daliri, Musco, Suresh, arXiv 2408.07978).
 """
 
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from minipass.errors import InputError
-from minipass.layout import DraftTree, ancestors, node_tensors
+
+TARGET, DRAFT, ACCEPTANCE = range(3)  # streams of noise
+REJECTION, COUPLED = RULES = ("rejection", "coupled")
+_MASK = [2 ** (64 - shift) - 1 for shift in (30, 27, 31)]  # what a logical shift leaves of the sign's copies
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises InputError for a temperature, top-k or top-p out of bounds."""
-    if not 0 <= temperature < math.inf:
-        raise InputError(f"temperature must be 0 or more and finite, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top-k must be at least 1, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top-p must lie in (0, 1], not {top_p}")
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """A 64-bit finaliser (SplitMix64, D. Stafford's variant 13): int64 to int64, one to one, wrapping."""
+    x = (x ^ ((x >> 30) & _MASK[0])) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+    x = (x ^ ((x >> 27) & _MASK[1])) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+    return x ^ ((x >> 31) & _MASK[2])
 
 
-def probabilities(
-    logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> torch.Tensor:
-    """The distribution to sample from: logits (..., V) to probabilities (..., V), float32 (float64 stays).
+def stream_keys(seeds: torch.Tensor) -> torch.Tensor:
+    """Seeds (B,) int64 to a key for each of the three streams of each text, (3, B, 1) int64."""
+    keys = mix(seeds - 0x61C8864680B583EB)  # 0 must not stay 0
+    return mix(keys + torch.arange(3, device=seeds.device)[:, None])[..., None]
 
-    First the temperature, then the top_k most likely tokens, then of these the fewest whose probabilities reach top_p.
-    Temperature 0 is greedy: all on the most likely token, so that exactness for any q covers it too.
-    Raises InputError for settings out of bounds.
+
+def uniform(key: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Numbers in (0, 1), float64: key (...) is mix(stream_keys + text position), token (..., K) int64."""
+    bits = (mix(key[..., None] + token) >> 11) & (2**53 - 1)
+    return (bits | 1).double() * 2.0**-53
+
+
+class Distribution(NamedTuple):
+    """Probabilities (..., K) float64 of the tokens (..., K) int64 that can come; all other tokens have 0."""
+
+    tokens: torch.Tensor
+    probs: torch.Tensor
+
+    def dense(self, vocab_size: int) -> torch.Tensor:
+        """Probabilities of all tokens: (..., vocab_size) float64."""
+        zeros = self.probs.new_zeros(*self.probs.shape[:-1], vocab_size)
+        return zeros.scatter(-1, self.tokens, self.probs)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: first the temperature, then the top_k likeliest tokens, then of these the fewest
+    whose probabilities reach top_p. Temperature 0 is greedy. Raises InputError for a value out of bounds."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature must be 0 or more and finite, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top-k must be at least 1, not {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top-p must lie in (0, 1], not {self.top_p}")
+
+    def distribution(self, logits: torch.Tensor, n: int = 1) -> Distribution:
+        """Logits (..., V) to a distribution over K tokens: top_k of them (but at least n), likeliest first, or all V.
+
+        n: how many different tokens are to be drawn. For a target n is 1; a draft distribution may be any.
+        """
+        if self.temperature == 0:
+            tokens = logits.argmax(-1, keepdim=True) if n == 1 else logits.topk(n).indices
+            return Distribution(
+                tokens, torch.eye(1, n, dtype=torch.float64, device=logits.device)[0].expand(tokens.shape)
+            )
+        n_tokens = logits.shape[-1]
+        top_k = min(n_tokens, n_tokens if self.top_k is None else max(self.top_k, n))
+        if top_k < n_tokens or self.top_p is not None:
+            logits, tokens = logits.topk(top_k, dim=-1)
+        else:
+            tokens = torch.arange(n_tokens, device=logits.device).expand(logits.shape)
+        logits = logits.double()
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        probs = logits.softmax(-1)
+        if self.top_p is not None:
+            likelier = probs.cumsum(-1) - probs  # the probability of all likelier tokens: 0 for the first
+            probs = torch.where(likelier < self.top_p, probs, 0.0)
+            probs = probs / probs.sum(-1, keepdim=True)
+        return Distribution(tokens, probs)
+
+    def draw(self, given: Distribution, key: torch.Tensor, n: int | None = None) -> torch.Tensor:
+        """One token (...) for each distribution, or n different ones (..., n), as if drawn without replacement.
+
+        Probabilities need not be normalised. key (...): of the noise, see `uniform`.
+        """
+        if self.temperature == 0:
+            return given.tokens[..., 0] if n is None else given.tokens[..., :n]
+        time = given.probs / -uniform(key, given.tokens).log()  # the race: the largest wins
+        if n is None:
+            return given.tokens.gather(-1, time.argmax(-1, keepdim=True)).squeeze(-1)
+        return given.tokens.gather(-1, time.topk(n).indices)
+
+
+def reject(
+    draft: torch.Tensor, p: torch.Tensor, q: Distribution, u: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tests one draft at each place: accepted with probability min(1, q / p), else the residual is left to draw from.
+
+    draft: (B, n) int64, drawn from p (B, n, V), which need not be normalised. q: K tokens at each place, (B, n, K),
+    normalised. u: (B, n) in (0, 1). Returns accepted (B, n) bool, the residual normalize(max(0, q - p)) (B, n, K) as
+    probabilities of q's tokens, and p without the draft, (B, n, V). A draft with p of 0 was never drawn: it is not
+    accepted and leaves q as it is. Where p == q, which is never rejected but for rounding, q is the residual.
     """
-    check_sampling(temperature, top_k, top_p)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if temperature < torch.finfo(logits.dtype).tiny:  # 0, or so little that it would round to 0
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature then overflows to -inf, not to inf - inf
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        values, tokens = logits.topk(top_k, dim=-1)  # exactly top_k, also when there are ties
-        logits = torch.full_like(logits, -math.inf).scatter_(-1, tokens, values)
-    probs = logits.softmax(-1)
-    if top_p is not None and top_p < 1:
-        ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered  # the probability of all likelier tokens
-        ordered = ordered.masked_fill(before >= top_p, 0.0)
-        probs = torch.zeros_like(probs).scatter_(-1, tokens, ordered)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs
-
-
-def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """One token for each distribution: probs (..., V), not necessarily normalised, to tokens (...) int64.
-
-    Inverts the cumulative distribution in float64 with one random number a token; a token of probability 0 is never
-    drawn. (`torch.multinomial` draws V random numbers a token, a noticeable part of a small model's pass.)
-    """
-    cumulative = probs.double().cumsum(-1)
-    total = cumulative[..., -1:]
-    u = torch.rand(total.shape, dtype=total.dtype, device=total.device, generator=generator)
-    below_total = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))  # u * total may round up
-    return torch.searchsorted(cumulative, below_total, right=True).squeeze(-1)
-
-
-def speculative_accept(
-    draft_tokens: torch.Tensor,
-    draft_probs: torch.Tensor,
-    target_probs: torch.Tensor,
-    generator: torch.Generator | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keeps a prefix of the drafts and draws one more token, so that the result has the target's distribution.
-
-    draft_tokens: (B, L) int64, d_i drawn from p_i; L may be 0, which is plain sampling.
-    draft_probs: (B, L, V), the p_i; target_probs: (B, L + 1, V), q_i given the context and d_1..d_{i-1}.
-    Returns n_accepted (B,), how many drafts are kept, and next_token (B,): the correction after a rejection, or the
-    bonus token when all are kept.
-    """
-    n_drafts = draft_tokens.shape[1]
-    batch = torch.arange(len(draft_tokens), device=draft_tokens.device)
-    p_of_draft = draft_probs.gather(2, draft_tokens[..., None]).squeeze(2)  # (B, L)
-    q_of_draft = target_probs[:, :n_drafts].gather(2, draft_tokens[..., None]).squeeze(2)
-    u = torch.rand(p_of_draft.shape, dtype=p_of_draft.dtype, device=p_of_draft.device, generator=generator)
-    kept = u * p_of_draft < q_of_draft  # u < min(1, q / p), without dividing by a p of 0
-    n_accepted = kept.long().cumprod(1).sum(1)  # all up to the first rejection
-
-    # The residual max(0, q - p) of the first rejected draft. Behind the last draft p is 0, which makes the bonus token
-    # a draw from q itself.
-    q = target_probs[batch, n_accepted]  # (B, V)
-    p = torch.nn.functional.pad(draft_probs, (0, 0, 0, 1))[batch, n_accepted]
-    residual = (q - p).clamp(min=0)
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, q)  # p == q but for rounding
-    return n_accepted, draw(residual, generator)
-
-
-def draw_candidates(probs: torch.Tensor, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
-    """n different tokens for each distribution, drawn one after the other without replacement.
-
-    probs: (..., V); returns (..., n) int64. Where fewer than n tokens have a probability, some token fills up; one that
-    was not drawn is never kept by `tree_accept`. With n = 1 this is `draw`.
-    """
-    candidates = []
-    for _ in range(n):
-        candidates.append(draw(probs, generator).clamp(max=probs.shape[-1] - 1))  # none left: draw gives V
-        probs = probs.scatter(-1, candidates[-1][..., None], 0.0)
-    return torch.stack(candidates, dim=-1)
-
-
-def tree_accept(
-    drafts: DraftTree,
-    draft_tokens: torch.Tensor,
-    draft_probs: torch.Tensor | None,
-    target_probs: torch.Tensor,
-    generator: torch.Generator | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keeps a path of a tree of drafts from the root on and draws one more token, exactly as the target would.
-
-    drafts: a tree of N nodes and depth D. draft_tokens: (B, N) int64, siblings differ. target_probs: (B, N + 1, V), the
-    target's distribution behind the root and behind each node. Two rules, both exact at any temperature:
-
-    - *matching*, when draft_probs is None: at each node x is drawn from the target, as plain decoding does, and the
-      path goes on if x is one of the drafts there. How these were chosen does not matter.
-    - *recursive rejection*, for siblings that `draw_candidates` drew from draft_probs (B, D, V), the p of each depth:
-      they are tested one after the other with min(1, q / p); after a rejection q becomes normalize(max(0, q - p)) and
-      p loses the rejected token. For a chain this is `speculative_accept`, bit for bit.
-
-    Returns kept (B, N + 1) bool, the nodes of the path (the root always is), and next_token (B,), drawn behind its end.
-    """
-    device, n_nodes = draft_tokens.device, 1 + len(drafts.parents)
-    fits = torch.ones(len(draft_tokens), n_nodes, dtype=torch.bool, device=device)  # a node, if its parent is kept
-    if draft_probs is None:
-        drawn = draw(target_probs, generator)  # (B, N + 1)
-        fits[:, 1:] = draft_tokens == drawn[:, node_tensors(drafts, device).parents]
-    else:
-        fits[:, 1:], residual = _recursive_rejection(drafts, draft_tokens, draft_probs, target_probs, generator)
-
-    kept = (fits[:, None] | ~ancestors(drafts, device)).all(-1)  # (B, N + 1), those with all that lies before them
-    last = kept.long().cumsum(1).argmax(1)  # nodes stand by depth: the last kept one is the path's end
-    batch = torch.arange(len(kept), device=device)
-    return kept, drawn[batch, last] if draft_probs is None else draw(residual[batch, last], generator)
-
-
-def _recursive_rejection(drafts, draft_tokens, draft_probs, target_probs, generator):
-    """Tests the children of all nodes side by side, rank by rank: which node stands the test at its parent, (B, N), and
-    behind each node the distribution (B, N + 1, V), not normalised, of a token when none of its children does."""
-    device = draft_tokens.device
-    nodes_of = node_tensors(drafts, device)
-    fits = torch.zeros_like(draft_tokens, dtype=torch.bool)
-    taken = torch.zeros(target_probs.shape[:2], dtype=torch.bool, device=device)  # nodes that have a fitting child
-    q = target_probs.clone()  # (B, N + 1, V), becomes the residual as the children of a node are rejected
-    p = torch.nn.functional.pad(draft_probs, (0, 0, 0, 1))[
-        :, nodes_of.depth
-    ]  # of each node's children, the deepest none
-    q_sum, p_sum = torch.ones_like(q[..., :1]), torch.ones_like(q[..., :1])
-    for nodes in nodes_of.by_rank:  # counted without the root
-        behind, tokens = nodes_of.parents[nodes], draft_tokens[:, nodes]  # (n,), (B, n): no two with the same parent
-        q_here, p_here = q[:, behind] / q_sum[:, behind], p[:, behind] / p_sum[:, behind]
-        p_of_draft = p_here.gather(2, tokens[..., None]).squeeze(2)
-        q_of_draft = q_here.gather(2, tokens[..., None]).squeeze(2)
-        u = torch.rand(p_of_draft.shape, dtype=p_of_draft.dtype, device=device, generator=generator)
-        was_drawn = p_of_draft > 0  # not so where p had fewer tokens than the tree has ranks
-        fits[:, nodes] = (u * p_of_draft < q_of_draft) & was_drawn & ~taken[:, behind]
-        taken[:, behind] |= fits[:, nodes]
-
-        residual = (q_here - p_here).clamp(min=0)
-        total = residual.sum(-1, keepdim=True)
-        rejected = was_drawn[..., None] & (total > 0)  # total 0: p == q but for rounding
-        q[:, behind], q_sum[:, behind] = torch.where(rejected, residual, q_here), torch.where(rejected, total, 1.0)
-        p_left = p[:, behind].scatter(2, tokens[..., None], 0.0)
-        p[:, behind], p_sum[:, behind] = p_left, p_left.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
-    return fits, q
+    p = p / p.sum(-1, keepdim=True).clamp(min=1e-300)
+    p_draft = p.gather(-1, draft[..., None]).squeeze(-1)  # (B, n)
+    q_draft = torch.where(q.tokens == draft[..., None], q.probs, 0.0).sum(-1)
+    accepted = (u * p_draft < q_draft) & (p_draft > 0)  # u < min(1, q / p), without dividing by a p of 0
+    residual = (q.probs - p.gather(-1, q.tokens)).clamp(min=0)
+    total = residual.sum(-1, keepdim=True)
+    residual = torch.where((p_draft > 0)[..., None] & (total > 0), residual / total, q.probs)
+    return accepted, residual, p.scatter(-1, draft[..., None], 0.0)

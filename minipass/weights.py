@@ -2,13 +2,12 @@
 
 A checkpoint is one file: weights, sizes, tokenizer and training record. A GPT-2 is a folder with config.json and
 model.safetensors or its shards. A look-ahead table (L, n_embd) is a file of its own, which fits any copy of its base;
-`lookahead.safetensors` in a GPT-2's folder is one. `python -m minipass.weights CHECKPOINT FOLDER` writes such a folder.
+`lookahead.safetensors` in a GPT-2's folder is one. minipass/extras/export.py writes such a folder.
 
 Reading executes no code: safetensors are plain tensors, `torch.load(weights_only=True)` builds plain values only.
 Every file is written under another name and then renamed: an interrupt or a full disk does not harm what was there.
 """
 
-import argparse
 import importlib
 import json
 import os
@@ -22,7 +21,6 @@ from typing import Any
 import tiktoken
 import torch
 
-from minipass.cli import run_script
 from minipass.errors import InputError
 from minipass.files import atomic_write, explained, read
 from minipass.model import GPT, GPTConfig
@@ -215,6 +213,8 @@ def _read_checkpoint(path: Path) -> Checkpoint:
         record, training = content.get("record") or {}, content.get("training")
         if not isinstance(record, dict) or not isinstance(training, dict | None):
             raise TypeError("its training record is not a dictionary")
+        if "hits" in record:  # its name in older files
+            record["rank_accuracy"] = record.pop("hits")
     return Checkpoint(model, encoding, record, training)
 
 
@@ -295,20 +295,3 @@ def _write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     # Not save_file: that one gives nobody else the right to read what it writes.
     data = _library("safetensors.torch").save(tensors, metadata={"format": "pt"})  # Transformers asks for the format
     atomic_write(file, lambda path: path.write_bytes(data))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m minipass.weights", description="Writes a checkpoint as a folder that Transformers opens."
-    )
-    parser.add_argument("checkpoint", help="a checkpoint's file, or the name of one in the package")
-    parser.add_argument("folder", type=Path, help="the folder to write")
-    args = parser.parse_args()
-    model = load(args.checkpoint).model
-    save_pretrained(model, args.folder)
-    table = f" and {TABLE} ({model.config.n_lookahead} x {model.config.n_embd})" if model.config.n_lookahead else ""
-    print(f"wrote {args.folder}: {CONFIG}, {WEIGHTS}{table}")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -1,14 +1,52 @@
-"""Tiny random models, a slow reference of the target distribution, and the chi-square test that the graders share."""
+"""Tiny random models, a slow reference of what plain decoding writes, and the chi-square test that the graders share.
+
+The reference shares nothing with minipass but the weights: its forward, context rule, target distribution and noise are
+its own.
+"""
 
 import copy
+import math
+from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from minipass.auto import AdaptiveTree, Auto
+from minipass.decode import GREEDY, Fused, Plain, TwoModels, TwoPass
 from minipass.model import GPT, GPTConfig
-from minipass.sampling import probabilities
+from minipass.sampling import COUPLED, RULES, Sampling
+from minipass.trees import DraftTree
 
 torch.set_num_threads(1)  # the models are so small that a second thread only waits
+
+TREE = DraftTree((0, 0, 0, 1, 1, 2, 4))  # three drafts for the next token, two after the first of them, and so on
+SPARSE = DraftTree(TREE.parents, groups=(3, 1, 2, 0, 0, 1, 0, 0))
+ACCURACY = [[0.5, 0.2, 0.1], [0.4, 0.25, 0.1], [0.3, 0.1, 0.05]]
+
+
+@lru_cache
+def chooser() -> AdaptiveTree:
+    """Takes a while to make."""
+    return AdaptiveTree(ACCURACY, lambda rows: 1 + 0.03 * rows)
+
+
+# Of each method: made from L, the rule and the draft model.
+METHODS = {
+    "plain": lambda n, rule, draft: Plain(),
+    "two-pass": lambda n, rule, draft: TwoPass(n, rule),
+    "fixed token": lambda n, rule, draft: TwoPass(n, rule, fixed_token=2),
+    "fused": lambda n, rule, draft: Fused(n, rule),
+    "tree": lambda n, rule, draft: Fused(TREE, rule),
+    "incomplete groups": lambda n, rule, draft: Fused(SPARSE, rule),
+    "two models": lambda n, rule, draft: TwoModels(draft, n, rule),
+    "lookup alone": lambda n, rule, draft: Fused(0, rule, lookup=3),
+    "fused with lookup": lambda n, rule, draft: Fused(n, rule, lookup=3),
+    "tree with lookup": lambda n, rule, draft: Fused(TREE, rule, lookup=3),
+    "auto": lambda n, rule, draft: Auto(copy.deepcopy(chooser()), rule),
+}
+WAYS = [(name, rule) for name in METHODS for rule in RULES if name != "plain" or rule == COUPLED]  # method and rule
 
 
 def random_model(seed: int, std: float = 0.4, **sizes: int) -> GPT:
@@ -32,11 +70,10 @@ def draft_model() -> GPT:
     return random_model(seed=2, n_layer=1, n_lookahead=0)
 
 
-@pytest.fixture(scope="session")
-def lively_model() -> GPT:
-    """A model whose greedy text goes on changing: with random weights alone it repeats one token for ever, and then a
+def random_lively_model(seed: int, **sizes: int) -> GPT:
+    """A model whose greedy text keeps changing: with random weights alone it repeats one token for ever, and then a
     wrong position or a wrong cache length would not show."""
-    model = random_model(seed=2)
+    model = random_model(seed, **sizes)
     with torch.no_grad():
         for block in model.h:
             block.attn.c_proj.weight.mul_(3)  # what was read counts for more than the last token
@@ -47,32 +84,117 @@ def lively_model() -> GPT:
     return model
 
 
-@pytest.fixture(scope="session")
-def lively_draft(lively_model) -> GPT:
-    """The same model but for some noise, so that it drafts well, not perfectly."""
-    draft, generator = copy.deepcopy(lively_model), torch.Generator().manual_seed(0)
+def noisy(model: GPT) -> GPT:
+    """The same model but for some noise: it drafts well, not perfectly."""
+    draft, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     return draft
 
 
+@pytest.fixture(scope="session")
+def lively_model() -> GPT:
+    return random_lively_model(seed=2)
+
+
+@pytest.fixture(scope="session")
+def lively_draft(lively_model) -> GPT:
+    return noisy(lively_model)
+
+
 @torch.no_grad()
+def slow_logits(model: GPT, ids: Sequence[Sequence[int]], n_lookahead: int = 0) -> torch.Tensor:
+    """The logits of GPT-2 on whole texts (B, n) and look-ahead tokens after them: (B, n + n_lookahead, vocab_size)."""
+    w, config, ids = model.state_dict(), model.config, torch.tensor(ids)
+    n_rows = ids.shape[1] + n_lookahead
+    x = torch.cat([w["wte.weight"][ids], w["lookahead"][:n_lookahead].expand(len(ids), -1, -1)], dim=1)
+    x = x + w["wpe.weight"][:n_rows]
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, (config.n_embd,), w[f"{name}.weight"], w[f"{name}.bias"])
+
+    later = torch.ones(n_rows, n_rows, dtype=torch.bool).triu(1)
+    for i in range(config.n_layer):
+        heads = [
+            part.chunk(config.n_head, -1) for part in linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").chunk(3, -1)
+        ]
+        read = []
+        for q, k, v in zip(*heads, strict=True):
+            scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+            read.append(scores.masked_fill(later, -math.inf).softmax(-1) @ v)
+        x = x + linear(torch.cat(read, -1), f"h.{i}.attn.c_proj")
+        y = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        x = x + linear(y, f"h.{i}.mlp.c_proj")
+    return norm(x, "ln_f") @ w["wte.weight"].T
+
+
+def slow_distribution(
+    logits: list[float], temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None
+) -> list[float]:
+    """Temperature, top-k, top-p, in this order, one token at a time."""
+    ranked = sorted(range(len(logits)), key=lambda token: -logits[token])[: 1 if temperature == 0 else top_k]
+    weights = [math.exp((logits[token] - logits[ranked[0]]) / (temperature or 1.0)) for token in ranked]
+    probs, reached = [0.0] * len(logits), 0.0
+    for token, weight in zip(ranked, weights, strict=True):
+        if top_p is None or reached < top_p:
+            probs[token] = weight / sum(weights)
+            reached += probs[token]
+    return [prob / reached for prob in probs]
+
+
+def slow_mix(x: int) -> int:
+    """SplitMix64's finaliser, on Python's integers."""
+    x %= 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+def slow_race(probs: list[float], seed: int, position: int) -> list[int]:
+    """The tokens in the order in which they win the race of the target's noise (stream 0) at a text position."""
+    key = slow_mix(slow_mix(slow_mix(seed + 0x9E3779B97F4A7C15)) + position)
+    time = {}
+    for token, prob in enumerate(probs):
+        u = (slow_mix(key + token) >> 11 | 1) / 2**53
+        time[token] = -math.log(u) / prob if prob > 0 else math.inf
+    return sorted(time, key=time.get)
+
+
+def next_context(context: list[int], block_size: int) -> list[int]:
+    """What the model reads: a context with more than block_size tokens becomes its last half window."""
+    return context[-(block_size // 2) :] if len(context) > block_size else context
+
+
+def plain_text(
+    model: GPT, prompt: list[int], n_new: int, sampling: Sampling = GREEDY, seed: int = 0, stop: Collection[int] = ()
+) -> list[int]:
+    """What plain decoding writes for a seed: no cache, no drafts, no batch, the whole context for each token."""
+    context, new = list(prompt), []
+    while len(new) < n_new and not (new and new[-1] in stop):
+        context = next_context(context, model.config.block_size)
+        logits = slow_logits(model, [context])[0, -1].tolist()
+        probs = slow_distribution(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+        new.append(slow_race(probs, seed, len(prompt) + len(new))[0])
+        context = [*context, new[-1]]
+    return new
+
+
 def sequence_probabilities(
     model: GPT, prompt: list[int], n_new: int, stop_token: int | None = None, **sampling
 ) -> dict[tuple, float]:
-    """The exact probability of every continuation, one plain pass of the whole text at a time.
-
-    A text ends after n_new tokens, or at stop_token; one that fills the window goes on from the window's last half.
-    """
-    growing, ended, block_size = {(): 1.0}, {}, model.config.block_size
+    """The exact probability of every continuation, which ends after n_new tokens or at stop_token."""
+    growing, ended, context_start = {(): 1.0}, {}, 0
     for n in range(n_new):
-        texts, grown, n_context = list(growing), {}, len(prompt) + n
-        while n_context >= block_size:
-            n_context -= block_size - block_size // 2
-        logits = model(torch.tensor([[*prompt, *text][-n_context:] for text in texts]))[:, -1]
-        for text, after in zip(texts, probabilities(logits, **sampling).tolist(), strict=True):
-            for token, probability in enumerate(after):
+        n_context = len(prompt) + n - context_start
+        context_start += n_context - len(next_context([0] * n_context, model.config.block_size))
+        contexts, grown = [[*prompt, *text][context_start:] for text in growing], {}
+        for text, logits in zip(growing, slow_logits(model, contexts)[:, -1].tolist(), strict=True):
+            for token, probability in enumerate(slow_distribution(logits, **sampling)):
                 if probability > 0:
                     goes_to = ended if token == stop_token else grown
                     goes_to[(*text, token)] = growing[text] * probability

@@ -78,14 +78,23 @@ SAMPLE_MISTAKES = [
     ["--pass", "two-pass", "--lookahead", "4"],
     ["--pass", "two-pass", "--lookahead", "auto"],
     ["--lookahead", "auto"],
-    ["--pass", "--lookahead", "auto"],  # no record of hits in a model that was not trained
+    ["--lookahead", "2"],
+    ["--prompt-lookup", "--lookahead", "2"],
+    ["--pass", "--lookahead", "auto"],  # no record of accuracy in a model that was not trained
+    ["--tree-size", "8"],
+    ["--pass", "--tree-size", "8"],
+    ["--pass", "tree", "--tree-size", "8"],  # for the same reason
+    ["--pass", "tree", "--lookahead", "auto", "--tree-size", "8"],
+    ["--rule", "coupled"],
     ["--pass", "tree", "--lookahead", "0"],
+    ["--pass", "tree", "--lookahead", "4"],
     ["--pass", "tree", "--tree-size", "0"],
     ["--pass", "tree", "--tree-size", "257"],
     ["--pass", "--prompt-lookup", "-1"],
     ["--prompt-lookup", "257"],
     ["--pass", "two-pass", "--prompt-lookup"],
-    ["--pass", "--compile", "--device", "cpu"],
+    ["--pass", "--cuda-graphs", "--device", "cpu"],
+    ["--compare", "--cuda-graphs", "--device", "cpu"],
     ["--temperature", "-1"],
     ["--temperature", "nan"],
     ["--temperature", "inf"],
@@ -148,6 +157,7 @@ def test_a_bad_checkpoint_is_one_sentence(call, tiny_checkpoint, tmp_path, scrip
     [
         (sample, ["--pass", "bogus"], "invalid choice"),
         (sample, ["--pass", "--lookahead", "some"], "whole number or auto"),
+        (sample, ["--pass", "--rule", "matching"], "invalid choice"),
         (sample, ["--top-k", "many"], "invalid int value"),
         (sample, ["--no-such-flag"], "unrecognized arguments"),
         (train_tiny, ["--stage", "bogus"], "invalid choice"),
@@ -230,24 +240,45 @@ def test_a_run_that_cannot_go_on_so_is_one_sentence_and_stays_as_it_is(call, tmp
 # Good input.
 
 
+WAYS = {  # options and the method's name
+    "--pass": "pass",
+    "--pass two-pass": "two-pass",
+    "--pass tree": "tree",
+    "--pass --prompt-lookup": "pass",
+    "--prompt-lookup 4": "prompt-lookup",
+}
+FIGURES = {"text", "tokens", "passes", "tokens_per_pass", "acceptance", "tokens_per_second", "method"}
+
+
 def test_greedy_text_with_pass_equals_the_text_without(call, tiny_checkpoint):
     settings = ["--checkpoint", tiny_checkpoint, "--prompt", "Hi", "--temperature", "0", "--dtype", "float32", "--json"]
-    plain, fused, two_pass, tree, copying, copied = (
-        json.loads(call(sample, *settings, *extra).out)
-        for extra in (
-            [],
-            ["--pass"],
-            ["--pass", "two-pass"],
-            ["--pass", "tree"],
-            ["--pass", "--prompt-lookup"],
-            ["--prompt-lookup", "4"],
-        )
-    )
-    assert plain["text"] == fused["text"] == two_pass["text"] == tree["text"] == copying["text"] == copied["text"]
-    assert fused["passes"] <= two_pass["passes"] <= plain["passes"] == len(plain["tokens"])
-    assert set(plain) == {"text", "tokens", "passes", "tokens_per_pass", "acceptance", "tokens_per_second", "method"}
-    methods = [run["method"] for run in (plain, fused, two_pass, tree, copying, copied)]
-    assert methods == ["autoregressive", "pass", "pass-two-pass", "pass-tree", "pass", "prompt-lookup"]
+    plain, *others = (json.loads(call(sample, *settings, *way.split()).out) for way in ("", *WAYS))
+    assert plain["method"] == "plain"
+    assert plain["passes"] == len(plain["tokens"])
+    assert [run["method"] for run in others] == list(WAYS.values())
+    for run in (plain, *others):
+        assert set(run) == FIGURES
+        assert run["tokens"] == plain["tokens"]
+        assert run["passes"] <= plain["passes"]
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize("way", WAYS)
+def test_by_the_coupled_rule_sampled_text_equals_the_text_without_pass(call, tiny_checkpoint, way, seed):
+    settings = ["--checkpoint", tiny_checkpoint, "--prompt", "Hi", "--dtype", "float64", "--json", "--seed", seed]
+    plain, other = (call(sample, *settings, *extra) for extra in ([], [*way.split(), "--rule", "coupled"]))
+    assert json.loads(plain.out)["tokens"] == json.loads(other.out)["tokens"]
+
+
+def test_the_rule_can_be_chosen(call, tiny_checkpoint):
+    settings = ["--checkpoint", tiny_checkpoint, "--prompt", "Hi", "--dtype", "float64", "--json"]
+    texts = {}
+    for way in ("--pass", "--pass two-pass"):
+        for rule in ("", " --rule coupled", " --rule rejection"):
+            texts[way + rule] = json.loads(call(sample, *settings, *(way + rule).split()).out)["tokens"]
+    assert texts["--pass"] == texts["--pass --rule coupled"] != texts["--pass --rule rejection"]
+    assert texts["--pass two-pass"] == texts["--pass two-pass --rule rejection"]
+    assert texts["--pass --rule coupled"] == texts["--pass two-pass --rule coupled"]
 
 
 def test_a_trained_model_writes_the_same_text_in_fewer_passes_fused_in_the_fewest(call, tmp_path):
@@ -283,22 +314,86 @@ def test_a_prompt_may_hold_any_bytes(call, tiny_checkpoint):
 def test_a_character_split_over_tokens_comes_out_whole(capsys):
     printer = sample.TextPrinter(build_encoding([]), coloured=False)
     for byte in "a\N{SNOWMAN}b".encode():
-        printer.write([byte], ["free"])
+        printer.write([byte], ["sampled"])
     assert capsys.readouterr().out == "a\N{SNOWMAN}b"
 
 
-def test_compare_prints_both_methods(call, tiny_checkpoint):
-    result = call(sample, "--checkpoint", tiny_checkpoint, "--prompt", "Hi", "--max-new-tokens", "5", "--compare")
+@pytest.fixture
+def compared(call, tiny_checkpoint):
+    """compared("--flag", ...): what `sample.py --compare` makes of 20 tokens."""
+    settings = ["--checkpoint", tiny_checkpoint, "--prompt", "Hi", "--max-new-tokens", "20", "--compare"]
+    return lambda *arguments: call(sample, *settings, *arguments)
+
+
+@pytest.mark.parametrize("way", ["", *WAYS])
+def test_compare_finds_the_same_text_where_that_is_promised(compared, way):
+    rule = ["--rule", "coupled"] if way else []
+    for promised in (["--temperature", "0.8", *rule], ["--temperature", "0"]):
+        result = compared("--dtype", "float64", "--seed", "3", *way.split(), *promised)
+        assert result.status == 0
+        first, plain, other, speed, last = result.out.decode().splitlines()
+        assert plain.split()[0] == "plain"
+        assert other.split()[0] == WAYS.get(way, "pass")
+        assert "speed-up" in speed
+        assert last == "same text"
+
+
+def with_another_seed(self, prompts, n, *, seed, stream=sample.Engine.stream, **settings):
+    """A broken Engine.stream: whatever is not plain decoding draws another text."""
+    return stream(self, prompts, n, seed=seed + (self.method != sample.Plain()), **settings)
+
+
+def test_compare_fails_where_the_promised_text_does_not_come(compared, monkeypatch):
+    monkeypatch.setattr(sample.Engine, "stream", with_another_seed)
+    result = compared("--dtype", "float64")
+    assert result.status not in (0, None)
+    assert "differ after" in str(result.status)
+    assert b"same text" not in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--dtype", "float64", "--rule", "rejection"], "by the rule rejection it is another draw"),
+        (["--dtype", "float64", "--pass", "two-pass"], "by the rule rejection it is another draw"),
+        (["--dtype", "float32"], "float32 rounds differently with another number of rows"),
+        (["--dtype", "bfloat16", "--pass", "tree"], "bfloat16 rounds differently with another number of rows"),
+    ],
+)
+def test_compare_says_why_another_text_may_come(compared, monkeypatch, arguments, reason):
+    monkeypatch.setattr(sample.Engine, "stream", with_another_seed)
+    result = compared(*arguments)
     assert result.status == 0
-    assert b"autoregressive" in result.out
-    assert b"speed-up" in result.out
+    assert result.out.decode().splitlines()[-1] == f"another text: {reason}"
+
+
+def test_a_trace_is_written_beside_the_text(call, tiny_checkpoint, tmp_path):
+    settings = ["--checkpoint", tiny_checkpoint, "--prompt", "Hi", "--trace", tmp_path / "trace.html"]
+    for output in ([], ["--json"]):
+        assert call(sample, *settings, "--pass", *output).status == 0
+        assert "the coupled rule" in (tmp_path / "trace.html").read_text()
+        (tmp_path / "trace.html").unlink()
+
+
+def test_the_help_has_the_options_in_groups_and_no_old_names(call):
+    words = call(sample, "--help").out.decode()
+    groups = [line for line in words.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert groups == ["options:", "what to write:", "how to draft:", "how to sample:", "model:", "output:"]
+    assert "--cuda-graphs" in words
+    assert "--compile" not in words
+
+
+@NO_CUDA
+def test_the_old_name_of_cuda_graphs_is_still_understood(call, tiny_checkpoint):
+    old, new = (call(sample, "--checkpoint", tiny_checkpoint, name) for name in ("--compile", "--cuda-graphs"))
+    assert old.err == new.err != ""
 
 
 def test_ctrl_c_while_sampling_has_exit_status_130_and_no_traceback(call, tiny_checkpoint, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample, "stream", interrupted)
+    monkeypatch.setattr(sample.Engine, "stream", interrupted)
     result = call(sample, "--checkpoint", tiny_checkpoint, "--prompt", "Hi")
     assert result.status == 130
     assert result.err.split() == ["interrupted"]

@@ -13,26 +13,28 @@ from conftest import random_model
 from minipass import weights
 from minipass.cli import run_script
 from minipass.data import read_documents
+from minipass.decode import Engine, Fused, Plain, TwoModels, TwoPass
 from minipass.errors import InputError
 from minipass.extras.benchmark import contenders, costs, experiments, peers, quality, trained
 from minipass.extras.benchmark.measuring import (
     Contender,
     Sample,
+    accepted_by_position,
     figures,
-    kept_by_position,
     ours,
     paired_quartiles,
     pass_seconds,
     predicted_speedup,
+    prefill_seconds,
     quartiles,
     repeated_share,
-    round_quartiles,
     take_turns,
     wilson_interval,
 )
 from minipass.extras.benchmark.plots import Line, Panel, curves, intervals
-from minipass.generate import Generation
 from minipass.model import GPT, GPTConfig
+from minipass.sampling import Sampling
+from minipass.texts import Generation
 from minipass.tokenizer import build_encoding
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -59,16 +61,16 @@ def test_wilson_intervals_are_those_of_the_tables(successes, trials, low, high):
     assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_repeated_share_counts_8_grams_that_stood_before():
+def test_repeated_share_counts_8_grams_that_were_there_before():
     assert repeated_share(range(20)) == 0
     assert repeated_share([7] * 17) == pytest.approx(9 / 10)  # ten 8-grams, one of them new
     assert repeated_share([1, 2, 3] * 5) == pytest.approx(5 / 8)
     assert repeated_share([1] * 7) == 0  # too short for one
 
 
-def test_kept_by_position_adds_counts_not_shares():
+def test_accepted_by_position_adds_counts_not_shares():
     first, second = Generation(tested=[10, 2], accepted=[5, 1]), Generation(tested=[30], accepted=[0])
-    assert kept_by_position([first, second]) == [5 / 40, 1 / 2]
+    assert accepted_by_position([first, second]) == [5 / 40, 1 / 2]
 
 
 def test_the_cost_model_is_tokens_over_the_cost_of_the_passes_made():
@@ -108,16 +110,17 @@ def test_each_contender_is_compared_with_its_own_baseline():
     assert [row["same_text"] for row in rows] == [1, 1, 1, 1]
 
 
-def test_a_sample_records_the_rows_of_each_pass_behind_the_first_round(model, draft_model):
-    prompt = [1, 2, 3]
-    plain = ours("plain", model, [prompt], 10, method="autoregressive").run(prompt, 0)
-    assert (len(plain.tokens), plain.n_decoded, plain.passes) == (10, 9, [(0, 1)] * 9)
-    two = ours("two", model, [prompt], 10, method="speculative", lookahead=2, draft_model=draft_model).run(prompt, 0)
-    assert two.passes[:3] == [(1, 2), (1, 1), (0, 3)]
-    fused = ours("fused", model, [prompt], 10, method="pass", lookahead=2).run(prompt, 0)
-    assert fused.passes[0] == (0, 9)
-    assert len(fused.passes) == fused.counts.passes - 1
-    assert not model._forward_pre_hooks
+def test_a_sample_records_the_rows_of_each_pass_after_the_first_turn(model, draft_model):
+    prompt, passes = [1, 2, 3], {}
+    for method in (Plain(), TwoPass(2), Fused(2), TwoModels(draft_model, 2)):
+        sample = ours("ours", Engine(model, method), [prompt], 10).run(prompt, 0)
+        assert (len(sample.tokens), sample.n_decoded) == (10, 9), "the first turn emits one token"
+        assert len([each for each in sample.passes if each[0] == 0]) == sample.counts.passes - 1
+        passes[type(method)] = sample.passes
+    assert passes[Plain] == [(0, 1)] * 9
+    assert passes[TwoPass][:2] == [(0, 3), (0, 3)]  # verify, draft
+    assert passes[Fused][0] == (0, 9)
+    assert passes[TwoModels][:3] == [(1, 2), (1, 1), (0, 3)]
 
 
 def test_passes_are_timed_in_turns_for_two_models(model, draft_model):
@@ -126,14 +129,12 @@ def test_passes_are_timed_in_turns_for_two_models(model, draft_model):
     assert (seconds > 0).all()
 
 
-def test_rounds_are_timed_in_turns(model):
-    ways = [{"method": "autoregressive"}, {"method": "pass", "lookahead": 2}]
-    for low, middle, high in round_quartiles(model, [1, 2, 3], 60, ways):  # past the window
-        assert 0 < low <= middle <= high
+def test_prefill_is_timed_for_each_prompt(model):
+    assert all(seconds > 0 for seconds in prefill_seconds(model, [[1], [2, 3], [4] * 40]))
 
 
 @torch.no_grad()
-def test_a_constant_p_is_kept_as_often_as_the_mean_distribution_meets_each(model):
+def test_a_constant_p_is_accepted_as_often_as_the_mean_distribution_meets_each(model):
     windows = torch.tensor([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
     q = model(windows).softmax(-1).flatten(0, 1)
     p = q.mean(0)
@@ -224,8 +225,8 @@ def test_a_training_curve_has_minutes_and_the_first_position(tmp_path):
 @pytest.mark.skipif(not peers.installed(), reason="transformers is not installed")
 def test_the_same_weights_in_transformers_write_the_same_text():
     model = random_model(seed=3, std=0.1).float()
-    plain = ours("plain", model, [[1, 2, 3]], 12, method="autoregressive")
-    theirs, difference = peers.contenders(model, random_model(seed=3, std=0.1).float(), plain, 12, [2])
+    plain = ours("plain", Engine(model, Plain()), [[1, 2, 3]], 12)
+    theirs, difference = peers.contenders(model, random_model(seed=3, std=0.1).float(), plain, 12, [2], Sampling())
     assert difference < 1e-4
     expected = plain.run([1, 2, 3], 0).tokens
     for contender in theirs:
@@ -292,7 +293,7 @@ def test_a_full_run_writes_tables_figures_and_pictures(run, folder, tmp_path):
     assert all("torch" in each["setting"] and "commit" in each["setting"] for each in found.values())
     greedy = {(row["method"], row["lookahead"]): row for row in found["headline"]["greedy"]}
     assert set(greedy) == {
-        ("autoregressive", None),
+        ("plain", None),
         ("two-pass", 2),
         ("fused", 2),
         ("fused + prompt lookup", 2),
@@ -300,10 +301,15 @@ def test_a_full_run_writes_tables_figures_and_pictures(run, folder, tmp_path):
         ("tree of 4 L", 2),
         ("two models", 2),
     }
-    assert all(row["same_text"] == 1 for row in greedy.values())  # in float32
-    assert greedy["autoregressive", None]["tokens_per_pass"] == 1
+    sampled = {row["method"]: row for row in found["headline"]["T = 0.8, top-k 10"]}
+    rejection = {"two-pass", "fused, rejection", "tree of 4 L, rejection"}
+    assert set(sampled) == {name for name, _ in greedy} | rejection
+    coupled = [row for name, row in sampled.items() if name not in rejection]
+    assert all(row["same_text"] == 1 for row in [*greedy.values(), *coupled])  # in float32
+    assert all(sampled[name]["same_text"] < 1 for name in rejection)
+    assert greedy["plain", None]["tokens_per_pass"] == 1
     frozen = {row["method"] for row in found["methods"]["settings"][0]["rows"]}
-    assert {"autoregressive, frozen", "two-pass, fixed token", "two-pass, frozen"} <= frozen
+    assert {"plain, frozen", "two-pass, fixed token", "two-pass, frozen"} <= frozen
     assert found["check"]["rows"][0]["predicted"] == pytest.approx(1)
     assert found["quality"]["rows"][0]["samples"] == 3
     assert [row["checkpoint"] for row in found["bases"]["rows"]] == [str(folder / "frozen.pt")]
@@ -341,7 +347,7 @@ MISTAKES = [
     ["--prompts", "0"],
     ["--prompt-tokens", "0"],
     ["--samples", "0"],
-    ["--new-tokens", "15"],
+    ["--new-tokens", "1"],
     ["--new-tokens", "45"],  # 20 + 45 > 64
     ["--lookahead", "4"],
     ["--lookahead", "0"],
@@ -356,7 +362,8 @@ MISTAKES = [
     ["--compare", "x" * 300],
     ["--json", "/"],
     ["--plots", "/dev/null/folder"],
-    ["--compile"],
+    ["--cuda-graphs", "--device", "cpu"],
+    ["--compile", "--device", "cpu"],
 ]
 
 

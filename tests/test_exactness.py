@@ -1,369 +1,557 @@
-"""The promise: every method samples exactly what plain decoding would. Greedy equality, enumeration, planted bugs."""
+"""The promise: every method writes what plain decoding writes. A slow reference, enumeration, planted bugs."""
 
 import random
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
-from conftest import chi_square_p_value, random_model, sequence_probabilities
+from conftest import (
+    METHODS,
+    WAYS,
+    chi_square_p_value,
+    chooser,
+    noisy,
+    plain_text,
+    random_lively_model,
+    random_model,
+    sequence_probabilities,
+    slow_distribution,
+    slow_logits,
+    slow_race,
+)  # fmt: skip
 
-import minipass.decoder
-from minipass.decoder import TARGET
+import minipass
+from minipass import decode, trees
+from minipass.auto import Auto
+from minipass.decode import GREEDY, Decoder, Engine, Fused, Plain, TwoModels, TwoPass
 from minipass.errors import InputError
-from minipass.generate import ACCEPTED, BONUS, CORRECTED, FREE, METHODS, RULES, generate, stream
-from minipass.layout import DraftTree
-from minipass.sampling import draw, probabilities, speculative_accept
+from minipass.model import GPT
+from minipass.sampling import COUPLED, DRAFT, REJECTION, RULES, TARGET, Distribution, Sampling
+from minipass.texts import ACCEPTED, BONUS, CORRECTED, DRAFTER, SAMPLED, TARGET_MODEL, Generation
+from minipass.trees import Drafts, DraftTree, chain
 
-TREE = DraftTree((0, 0, 0, 1, 1, 2, 4))  # three drafts for the next token, two and one behind, one more behind one
-WAYS = {method: {"method": method} for method in METHODS if method != "pass-tree"} | {
-    f"pass-tree {rule}": {"method": "pass-tree", "tree": TREE, "rule": rule} for rule in RULES
-}
-WAYS |= {f"{method} copying": {"method": method, "prompt_lookup": 3} for method in ("pass", "pass-tree")}
-CHAINS = [method for method in METHODS if method != "pass-tree"]  # the records of trees: test_tree.py
-DRAFTING = [way for way in WAYS if way != "autoregressive"]
-SAMPLING = [{"temperature": 1.0}, {"temperature": 0.8, "top_k": 3}, {"temperature": 1.3, "top_p": 0.8}]
+CHAINS = [way for way in WAYS if way[0] in ("two-pass", "fixed token", "fused", "two models")]
+DRAFTING = [way for way in WAYS if way[0] != "plain"]
+REJECTING = [way for way in WAYS if way[1] == REJECTION]
 N_SAMPLES = 12_000
+each_way = pytest.mark.parametrize("way", WAYS, ids=", ".join)
 
 
-def n_passes(record) -> int:
-    """Of the target."""
-    return [which for which, _ in record.passes].count(TARGET)
+def engine(way, model, draft_model, sampling=GREEDY, n: int = 3) -> Engine:
+    """Of a method and its rule, with chains of n drafts."""
+    method, rule = way
+    return Engine(model, METHODS[method](n, rule, draft_model), sampling)
 
 
-def plain_greedy(model, prompt: list[int], max_new_tokens: int, stop_token: int | None) -> list[int]:
-    """Decoding without cache, drafts or batches: the whole context again for each token."""
-    context, new = list(prompt), []
-    while len(new) < max_new_tokens and (not new or new[-1] != stop_token):
-        if len(context) == model.config.block_size:
-            context = context[model.config.block_size - model.config.block_size // 2 :]
-        new.append(model(torch.tensor([context]))[0, -1].argmax().item())
-        context.append(new[-1])
-    return new
+def random_tree(rng: random.Random) -> DraftTree:
+    """Up to 8 drafts, up to 3 deep, with complete or incomplete groups."""
+    depth, parents = [0], []
+    for _ in range(rng.randint(1, 8)):
+        parents.append(rng.choice([node for node, d in enumerate(depth) if depth[-1] - 1 <= d < 3]))
+        depth.append(depth[parents[-1]] + 1)
+    groups = [rng.randint(1, 3), *(rng.randint(0, 3) for _ in parents)]
+    return DraftTree(parents, rng.choice([None, groups]))
 
 
-# Greedy: the same text, token for token.
+def random_prompts(rng: random.Random, n: int, longest: int = 16) -> list[list[int]]:
+    """Of any lengths, up to that of the window."""
+    return [[rng.randrange(11) for _ in range(rng.randint(1, longest))] for _ in range(n)]
 
 
-@pytest.mark.parametrize("method", WAYS)
-def test_greedy_text_equals_plain_decoding_for_any_prompt_length_and_draft_length(method, lively_model, lively_draft):
+@pytest.fixture(scope="module")
+def lively():
+    """A model with a small window and its draft model."""
+    model = random_lively_model(seed=2, block_size=16)
+    return model, noisy(model)
+
+
+@pytest.fixture(scope="module")
+def cases(lively):
+    """Random calls and what the reference writes: (models, prompts, n_new, sampling, seed, stop, texts)."""
+    rng, models = random.Random(0), [lively]
+    for seed in (3, 5):
+        model = random_lively_model(seed, block_size=16)
+        models.append((model, noisy(model)))
+    cases = []
+    for _ in range(50):
+        model, draft_model = rng.choice(models)
+        prompts, n_new, stop = random_prompts(rng, rng.randint(1, 3)), rng.randint(1, 24), rng.choice([[], [3], [0, 7]])
+        sampling = rng.choice([GREEDY, Sampling(rng.uniform(0.3, 1.5), rng.choice([None, 4]), rng.choice([None, 0.8]))])
+        seed = rng.choice([rng.randrange(10**6), 2**63 - 3])
+        texts = [plain_text(model, prompt, n_new, sampling, seed + b, stop) for b, prompt in enumerate(prompts)]
+        cases.append(((model, draft_model), prompts, n_new, sampling, seed, stop, texts))
+    return cases
+
+
+# The same text, token for token.
+
+
+@each_way
+def test_greedy_and_coupled_texts_are_those_of_plain_decoding_with_the_same_seed(way, cases):
+    method, rule = way
     rng = random.Random(method)
-    for _ in range(25):
-        prompt = [rng.randrange(11) for _ in range(rng.randint(1, 39))]  # up to the window's edge
-        n_new, stop = rng.randint(1, 45), rng.choice([None, 3])
-        result = generate(
-            lively_model,
-            prompt,
-            n_new,
-            **WAYS[method],
-            lookahead=rng.randint(1, 4),
-            stop_token=stop,
-            draft_model=lively_draft,
-        )
-        assert result.tokens == [plain_greedy(lively_model, prompt, n_new, stop)]
+    for models, prompts, n_new, sampling, seed, stop, texts in rng.sample(cases, 25):
+        if rule == COUPLED or sampling == GREEDY:
+            result = engine(way, *models, sampling, rng.randint(1, 4)).generate(
+                prompts, n_new, seed=seed, stop_token=stop
+            )
+            assert result.tokens == texts
 
 
-@pytest.mark.parametrize("method", WAYS)
-def test_each_text_of_a_ragged_batch_equals_the_same_prompt_alone(method, lively_model, lively_draft):
-    rng = random.Random(method)
-    for _ in range(6):
-        prompts = [[rng.randrange(11) for _ in range(rng.randint(1, 39))] for _ in range(4)]
-        n_new, stop = rng.randint(1, 45), rng.choice([None, 3])
-        settings = {**WAYS[method], "lookahead": rng.randint(1, 4), "stop_token": stop, "draft_model": lively_draft}
-        batch = generate(lively_model, prompts, n_new, **settings)
-        assert batch.tokens == [plain_greedy(lively_model, prompt, n_new, stop) for prompt in prompts]
+@pytest.mark.parametrize("lookup", [0, 4])
+def test_greedy_and_coupled_texts_of_random_trees_are_those_of_plain_decoding(lookup, cases):
+    rng = random.Random(lookup)
+    for (model, _), prompts, n_new, sampling, seed, stop, texts in cases:
+        rule = rng.choice(RULES) if sampling == GREEDY else COUPLED
+        tree_engine = Engine(model, Fused(random_tree(rng), rule, lookup), sampling)
+        assert tree_engine.generate(prompts, n_new, seed=seed, stop_token=stop).tokens == texts
 
 
-@pytest.mark.parametrize("method", WAYS)
-def test_text_goes_on_past_the_window_and_never_has_more_than_max_new_tokens(method, lively_model, lively_draft):
-    for prompt_length in (1, 34, 38, 39):
-        for n_new in (1, 2, 3, 100):
-            prompt = [5] * prompt_length
-            (tokens,) = generate(lively_model, prompt, n_new, **WAYS[method], draft_model=lively_draft).tokens
-            assert len(tokens) == n_new
-            assert tokens == plain_greedy(lively_model, prompt, n_new, None)
+@pytest.fixture(scope="module")
+def edges(lively):
+    """Prompts of lengths at the window's edge, each with its text: greedy and sampled."""
+    prompts, sampled = [[5] * length for length in (1, 15, 16)], Sampling(1.0)
+    return {
+        sampling: [(each, plain_text(lively[0], each, 40, sampling)) for each in prompts]
+        for sampling in (GREEDY, sampled)
+    }
 
 
-@pytest.mark.parametrize(
-    "method",
-    [way for way in WAYS if not way.startswith("speculative")],
-)
-def test_pass_never_needs_more_passes_than_plain_decoding(method, lively_model):
+@each_way
+def test_text_continues_past_the_window_and_never_has_more_than_max_new_tokens(way, lively, edges):
+    sampling = Sampling(1.0) if way[1] == COUPLED else GREEDY
+    any_length = engine(way, *lively, sampling)
+    for prompt, text in edges[sampling]:
+        for n_new in (1, 2, 40):
+            assert any_length.generate(prompt, n_new).tokens == [text[:n_new]]
+
+
+@each_way
+def test_a_text_depends_on_its_seed_and_not_on_its_batch_or_its_length(way, lively):
+    method, rule = way
+    if rule == REJECTION and ("lookup" in method or "auto" in method):
+        pytest.skip("their drafts depend on the other texts of the batch")
+    rng, batches = random.Random(0), engine(way, *lively, Sampling(1.0))
+    for _ in range(3):
+        prompts, n_new, stop = random_prompts(rng, 3), rng.randint(1, 24), rng.choice([None, 3])
+        seeds = [rng.randrange(1000) for _ in prompts]
+        texts = batches.generate(prompts, n_new, seed=seeds, stop_token=stop).tokens
+        for prompt, seed, text in zip(prompts, seeds, texts, strict=True):
+            alone = batches.generate(prompt, n_new + 4, seed=seed, stop_token=stop).tokens[0]
+            assert text == alone[:n_new]
+
+
+@each_way
+def test_the_same_seed_gives_the_same_text_and_another_seed_another_one(way, lively):
+    prompts = [[1, 2, 3], [4], [7, 8]]
+    texts = [
+        engine(way, *lively, Sampling(1.0)).generate(prompts, 20, seed=seed).tokens
+        for seed in (5, 5, [5, 6, 7], [5, 8, 7], 0)
+    ]
+    assert texts[0] == texts[1] == texts[2], "one number s gives text b the seed s + b"
+    assert texts[3][1] != texts[0][1]
+    assert all(a != b for a, b in zip(texts[0], texts[4], strict=True))
+
+
+@each_way
+def test_a_stop_token_ends_the_text_wherever_it_comes_from(way, lively):
+    ended_by = set()
+    for seed in range(3):
+        settings, tokens, origins = {"prompts": [8, 8, 8], "max_new_tokens": 16, "seed": seed}, [], []
+        for turn in engine(way, *lively, Sampling(0.5)).stream(**settings):
+            tokens, origins = tokens + turn.tokens[0], origins + turn.origins[0]
+        for token in set(tokens):  # each one once
+            first = tokens.index(token)
+            never = set(range(11)) - set(tokens)
+            stop = (token, [token], {token, *never})[token % 3]
+            assert engine(way, *lively, Sampling(0.5)).generate(**settings, stop_token=stop).tokens == [
+                tokens[: first + 1]
+            ]
+            ended_by.add(origins[first])
+    assert ACCEPTED in ended_by or way[0] in ("plain", "lookup alone")
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "plain"])
+def test_greedy_both_rules_accept_the_same_drafts_in_the_same_passes(method, lively):
     rng = random.Random(0)
-    for _ in range(20):
-        prompt = [rng.randrange(11) for _ in range(5)]
-        n_new, stop = rng.randint(1, 35), rng.choice([None, 3])
-        result = generate(lively_model, prompt, n_new, **WAYS[method], lookahead=rng.randint(1, 4), stop_token=stop)
+    for _ in range(5):
+        prompts, n_new, n = random_prompts(rng, 3), rng.randint(1, 24), rng.randint(1, 4)
+        assert len({repr(engine((method, rule), *lively, n=n).generate(prompts, n_new)) for rule in RULES}) == 1
+
+
+def test_greedy_both_rules_accept_the_same_drafts_of_any_tree(lively):
+    rng = random.Random(0)
+    for _ in range(30):
+        tree, prompts = random_tree(rng), random_prompts(rng, 2)
+        assert len({repr(Engine(lively[0], Fused(tree, rule)).generate(prompts, 12)) for rule in RULES}) == 1
+
+
+@each_way
+def test_no_method_needs_more_passes_than_plain_decoding(way, lively):
+    rng, sampling = random.Random(0), Sampling(1.0)
+    for seed in range(8):
+        result = engine(way, *lively, sampling, rng.randint(1, 4)).generate([1, 2, 3], 24, seed=seed, stop_token=3)
         assert result.passes <= len(result.tokens[0])
 
 
-def test_greedy_texts_go_on_changing_so_that_equality_means_something(lively_model):
-    rng = random.Random(0)
-    prompts = [[rng.randrange(11) for _ in range(rng.randint(1, 10))] for _ in range(20)]
-    texts = generate(lively_model, prompts, 20, method="autoregressive").tokens
+def test_greedy_texts_keep_changing_so_equality_means_something(lively):
+    prompts = random_prompts(random.Random(0), 20, longest=10)
+    texts = Engine(lively[0], Plain()).generate(prompts, 20).tokens
     changes = [before != after for text in texts for before, after in pairwise(text)]
     assert sum(changes) / len(changes) > 0.4
     assert len(set(map(tuple, texts))) == len(prompts)
 
 
-@pytest.mark.parametrize("method", [way for way in DRAFTING if way != "fixed-token"])
-def test_greedy_texts_have_drafts_that_are_kept_and_drafts_that_are_not(method, lively_model, lively_draft):
-    rng = random.Random(0)
-    prompts = [[rng.randrange(11) for _ in range(rng.randint(1, 10))] for _ in range(20)]
-    result = generate(lively_model, prompts, 20, **WAYS[method], draft_model=lively_draft)
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("way", DRAFTING, ids=", ".join)
+def test_texts_have_drafts_that_are_accepted_and_drafts_that_are_not(way, sampling, lively):
+    prompts = random_prompts(random.Random(0), 20, longest=10)
+    result = engine(way, *lively, sampling).generate(prompts, 20)
     assert 0.05 < sum(result.accepted) / sum(result.tested) < 0.9
 
 
-# Temperature above 0: the distribution of whole texts, against exact enumeration.
+# Temperature above 0: the distribution of whole texts, against exact enumeration. One batch of copies, each with a seed
+# of its own. What the coupled rule writes is plain decoding's by the tests above; here are both, all the same.
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A model of 5 tokens whose drafts are sometimes kept; the prompts of the tests below are its texts."""
-    return random_model(seed=5, std=0.5, vocab_size=5, block_size=16, n_layer=1, n_lookahead=3)
+    """A model of 5 tokens whose drafts are sometimes accepted, and its draft model."""
+    sizes = {"vocab_size": 5, "block_size": 8, "n_layer": 1, "n_embd": 8, "std": 0.7}
+    return random_model(seed=9, n_lookahead=3, **sizes), random_model(seed=29, n_lookahead=0, **sizes)
+
+
+COUNTED = [*REJECTING, *((method, COUPLED) for method in ("plain", "fused", "tree", "two-pass"))]
+each_counted = pytest.mark.parametrize("way", COUNTED, ids=", ".join)
+
+
+def p_values(drawing: Engine, prompts=((1, 2, 3),), n_new: int = 4, stop: int | None = None, sampling=None):
+    """Draws N_SAMPLES texts in one batch of the prompts repeated; for each prompt, how likely its texts are.
+
+    sampling: of the enumeration, where it is not the engine's.
+    """
+    batch, sampling = [list(prompt) for prompt in prompts] * (N_SAMPLES // len(prompts)), sampling or drawing.sampling
+    texts = [tuple(tokens) for tokens in drawing.generate(batch, n_new, stop_token=stop).tokens]
+    for b, prompt in enumerate(prompts):
+        expected = sequence_probabilities(drawing.models[0], list(prompt), n_new, stop, **vars(sampling))
+        yield chi_square_p_value(texts[b :: len(prompts)], expected)
+
+
+@each_counted
+def test_texts_have_exactly_the_enumerated_distribution_with_top_k_and_top_p(way, tiny):
+    assert min(p_values(engine(way, *tiny, Sampling(1.3, top_k=4, top_p=0.9)), n_new=3)) > 1e-4
+
+
+@each_counted
+def test_ragged_texts_past_the_window_or_up_to_a_stop_token_have_exactly_the_enumerated_distribution(way, tiny):
+    prompts = [[4], [1, 2, 3], [1, 2, 0, 4, 4, 0]]  # the last has room for 3 more tokens
+    assert min(p_values(engine(way, *tiny, Sampling(1.0)), prompts, stop=3)) > 1e-4
+
+
+@pytest.mark.parametrize("way", [way for way in COUNTED if way[0] != "plain"], ids=", ".join)
+def test_the_enumeration_sees_drafts_that_are_accepted_and_drafts_that_are_not(way, tiny):
+    result = engine(way, *tiny, Sampling(1.0)).generate([[1, 2, 3]] * 500, 4)
+    assert 0.1 < sum(result.accepted) / sum(result.tested) < 1
+
+
+# Planted bugs: the same tests must catch an engine that is subtly wrong.
+
+
+def without_residual(original, draft, p, q, u):
+    """After a rejection draws from q, not from the residual."""
+    accepted, _, p = original(draft, p, q, u)
+    return accepted, q.probs, p
+
+
+def bonus_from_the_wrong_place(original, nodes, drafts, q, sampling, keys):
+    """When all drafts of a chain are accepted, the token after them comes from the last draft's target distribution."""
+    last, next_token = original(nodes, drafts, q, sampling, keys)
+    if drafts.tokens.shape[1]:
+        earlier = sampling.draw(Distribution(q.tokens[:, -2], q.probs[:, -2]), keys[TARGET][:, -1])
+        next_token = torch.where(last == drafts.tokens.shape[1], earlier, next_token)
+    return last, next_token
+
+
+def top_k_in_the_drafts_alone(original, decoder, *arguments):
+    """Draws drafts with top-k and tells the rule a p without it."""
+    drafts, truncated = original(decoder, *arguments), decoder.sampling
+    decoder.sampling = replace(truncated, top_k=None)
+    p, decoder.sampling = original(decoder, *arguments).p, truncated
+    return Drafts(drafts.tokens, p)
+
+
+def p_of_another_place(original, *arguments):
+    """All p are that of the first draft."""
+    drafts = original(*arguments)
+    return drafts if drafts.p is None else Drafts(drafts.tokens, drafts.p[:, :1].expand(drafts.p.shape))
+
+
+BUGS = {
+    "residual omitted": lambda patch: patch(trees, "reject", without_residual),
+    "bonus from the wrong place": lambda patch: patch(decode, "accept", bonus_from_the_wrong_place),
+    "same stream for draft and acceptance": lambda patch: patch(trees, "ACCEPTANCE", DRAFT),
+    "same stream for draft and target": lambda patch: patch(decode, "DRAFT", TARGET),
+    "p of another place": lambda patch: patch(Decoder, "draft", p_of_another_place),
+}
+
+
+@pytest.fixture
+def patch(monkeypatch):
+    """Plants a bug: another value, or a function that is given the original first."""
+
+    def plant(where, name, value):
+        original = getattr(where, name)
+        if callable(value):
+            monkeypatch.setattr(where, name, lambda *arguments: value(original, *arguments))
+        else:
+            monkeypatch.setattr(where, name, value)
+
+    return plant
 
 
 @pytest.fixture(scope="module")
-def tiny_draft():
-    return random_model(seed=6, vocab_size=5, block_size=16, n_layer=1, n_lookahead=0)
+def rejected():
+    """A model whose drafts are rejected more often than tiny's, with more tokens in the residual."""
+    sizes = {"vocab_size": 5, "block_size": 16, "n_layer": 1, "std": 0.9}
+    return random_model(seed=5, n_lookahead=3, **sizes), random_model(seed=26, n_lookahead=0, **sizes)
 
 
-def sampled_p_value(model, prompts, n_new: int, which: int, *, draft_model=None, seed: int = 0, **settings) -> float:
-    """Draws N_SAMPLES texts in one batch of the prompts repeated, and tests those of one prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = prompts * (N_SAMPLES // len(prompts))
-    result = generate(model, batch, n_new, draft_model=draft_model, generator=generator, **settings)
-    samples = [tuple(tokens) for tokens in result.tokens[which :: len(prompts)]]
-    sampling = {name: settings[name] for name in ("temperature", "top_k", "top_p", "stop_token") if name in settings}
-    return chi_square_p_value(samples, sequence_probabilities(model, prompts[which], n_new, **sampling))
+@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("method", ["two-pass", "fused", "two models"])
+def test_a_broken_rejection_is_caught_by_the_enumeration(method, bug, rejected, patch):
+    BUGS[bug](patch)
+    n_new = 4 if "bonus" in bug else 3
+    assert min(p_values(engine((method, REJECTION), *rejected, Sampling(2.0), n=2), n_new=n_new)) < 1e-6
 
 
-@pytest.mark.parametrize("sampling", SAMPLING, ids=str)
-@pytest.mark.parametrize("method", WAYS)
-def test_texts_have_exactly_the_enumerated_distribution(method, sampling, tiny, tiny_draft):
-    p_value = sampled_p_value(tiny, [[1, 2, 3]], 4, 0, **WAYS[method], lookahead=3, draft_model=tiny_draft, **sampling)
-    assert p_value > 1e-3
+@pytest.mark.parametrize("method", ["two-pass", "fused", "two models"])
+def test_without_a_bug_the_enumeration_finds_none(method, rejected):
+    assert min(p_values(engine((method, REJECTION), *rejected, Sampling(2.0), n=2))) > 1e-4
 
 
-@pytest.mark.parametrize("method", WAYS)
-def test_texts_of_a_ragged_batch_have_exactly_the_enumerated_distribution(method, tiny, tiny_draft):
-    prompts = [[4], [1, 2, 3], [0, 0, 2, 4, 1, 3]]
-    for which in range(3):
-        settings = {**WAYS[method], "lookahead": 2, "draft_model": tiny_draft, "temperature": 0.9}
-        assert sampled_p_value(tiny, prompts, 4, which, seed=which, **settings) > 1e-3
+@pytest.mark.parametrize("method", ["fused", "two models"])
+def test_top_k_in_the_drafts_alone_is_caught_by_the_enumeration(method, tiny, patch):
+    patch(Decoder, "draft", top_k_in_the_drafts_alone)
+    assert min(p_values(engine((method, REJECTION), *tiny, Sampling(0.8, top_k=2)))) < 1e-6
 
 
-@pytest.mark.parametrize("method", WAYS)
-def test_texts_that_a_stop_token_ends_have_exactly_the_enumerated_distribution(method, tiny, tiny_draft):
-    settings = {**WAYS[method], "lookahead": 3, "draft_model": tiny_draft, "temperature": 1.0, "stop_token": 3}
-    assert sampled_p_value(tiny, [[1, 2, 3]], 4, 0, **settings) > 1e-3
+@pytest.mark.parametrize("method", ["fused", "two models"])
+def test_top_k_in_the_target_alone_leaves_the_distribution_and_none_in_it_is_caught(method, tiny, patch):
+    """Drafts may come from any p that the rule is told; the target's own settings decide."""
+    truncated = Sampling(0.8, top_k=2)
+
+    def draft_with(sampling, original, decoder, *arguments):
+        own, decoder.sampling = decoder.sampling, sampling
+        drafts, decoder.sampling = original(decoder, *arguments), own
+        return drafts
+
+    patch(Decoder, "draft", partial(draft_with, Sampling(0.8)))
+    assert min(p_values(engine((method, REJECTION), *tiny, truncated))) > 1e-4
+    patch(Decoder, "draft", partial(draft_with, truncated))
+    assert min(p_values(engine((method, REJECTION), *tiny, Sampling(0.8)), sampling=truncated)) < 1e-6
 
 
-@pytest.mark.parametrize("method", WAYS)
-def test_texts_that_go_past_the_window_have_exactly_the_enumerated_distribution(method, tiny, tiny_draft):
-    prompts = [[1, 2, 0, 4, 4, 0, 3, 2, 1, 1, 0, 2, 3], [4]]  # room for 3 more tokens, and for many
-    for which in range(2):
-        settings = {**WAYS[method], "lookahead": 3, "draft_model": tiny_draft, "temperature": 1.0}
-        assert sampled_p_value(tiny, prompts, 4, which, seed=which, **settings) > 1e-3
+def differs(way, model, draft_model, sampling) -> bool:
+    """Whether some text, well past the window, differs from plain decoding's."""
+    drawing, prompts = engine(way, model, draft_model, sampling), [[1, 2, 3], [4], [7] * 13]
+    expected = [plain_text(model, prompt, 30, sampling, seed) for seed, prompt in enumerate(prompts)]
+    return drawing.generate(prompts, 30).tokens != expected
 
 
-@pytest.mark.parametrize("method", DRAFTING)
-def test_the_enumeration_sees_drafts_that_are_kept_and_drafts_that_are_not(method, tiny, tiny_draft):
-    generator = torch.Generator().manual_seed(0)
-    result = generate(
-        tiny, [[1, 2, 3]] * 500, 4, **WAYS[method], temperature=1.0, draft_model=tiny_draft, generator=generator,
-        lookahead=3,
-    )  # fmt: skip
-    assert 0.1 < result.acceptance[0] < 0.99
+def begin_with(change):
+    """A prefill after which the decoder is changed."""
+
+    def begin(original, decoder, *arguments):
+        handed = original(decoder, *arguments)
+        change(decoder)
+        return handed
+
+    return begin
 
 
-# Planted bugs: the same test must catch a sampler that is subtly wrong.
+TEXT_BUGS = {
+    "bonus from the wrong place": lambda patch: patch(decode, "accept", bonus_from_the_wrong_place),
+    "noise by the place in the cache": lambda patch: patch(Decoder, "begin", begin_with(lambda d: d.start.zero_())),
+    "cache one short": lambda patch: patch(
+        Decoder, "begin", begin_with(lambda d: d.cache.length.sub_(1).clamp_(min=0))
+    ),
+    "cache one too long": lambda patch: patch(Decoder, "begin", begin_with(lambda d: d.cache.length.add_(1))),
+    "target noise of another stream": lambda patch: patch(trees, "TARGET", DRAFT),
+    "noise of another text": lambda patch: patch(
+        Decoder, "begin", begin_with(lambda d: d.keys.copy_(d.keys.roll(1, 1)))
+    ),
+}
 
 
-def without_residual(draft_tokens, draft_probs, target_probs, generator=None):
-    """After a rejection draws from q, not from the residual."""
-    n_accepted, _ = speculative_accept(draft_tokens, draft_probs, target_probs, generator)
-    return n_accepted, draw(target_probs[torch.arange(len(n_accepted)), n_accepted], generator)
+@pytest.mark.parametrize("bug", TEXT_BUGS)
+@pytest.mark.parametrize("method", ["two-pass", "fused", "two models"])
+def test_a_broken_engine_is_caught_by_the_reference(method, bug, lively, patch):
+    assert not differs((method, COUPLED), *lively, Sampling(0.7))
+    TEXT_BUGS[bug](patch)
+    assert differs((method, COUPLED), *lively, Sampling(0.7))
 
 
-def without_bonus(draft_tokens, draft_probs, target_probs, generator=None):
-    """When all drafts are kept, draws once more from the last draft's target instead of the one after it."""
-    n_accepted, next_token = speculative_accept(draft_tokens, draft_probs, target_probs, generator)
-    all_kept = n_accepted == draft_tokens.shape[1]
-    if draft_tokens.shape[1]:
-        next_token = torch.where(all_kept, draw(target_probs[:, -2], generator), next_token)
-    return n_accepted, next_token
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.7)], ids=["greedy", "sampled"])
+def test_a_position_one_short_at_the_windows_last_place_is_caught_by_the_reference(sampling, lively):
+    hook = lively[0].wpe.register_forward_pre_hook(lambda wpe, inputs: (inputs[0].clamp(max=14),))
+    try:
+        assert differs(("plain", COUPLED), *lively, sampling)
+        assert differs(("fused", COUPLED), *lively, sampling)
+    finally:
+        hook.remove()
 
 
-@pytest.mark.parametrize("bug", [without_residual, without_bonus])
-@pytest.mark.parametrize("method", ["pass", "pass-two-pass", "speculative"])
-def test_a_broken_acceptance_sampler_is_caught(method, bug, tiny, tiny_draft, monkeypatch):
-    monkeypatch.setattr(minipass.decoder, "speculative_accept", bug)
-    settings = {**WAYS[method], "lookahead": 1, "draft_model": tiny_draft, "temperature": 1.0}
-    p_value = sampled_p_value(tiny, [[1, 2, 3]], 4, 0, **settings)
-    assert p_value < 1e-6
-
-
-@pytest.mark.parametrize("side", ["draft", "target"])
-@pytest.mark.parametrize("method", ["pass", "pass-two-pass"])
-def test_top_k_on_one_side_of_the_ratio_only_is_caught(method, side, tiny, monkeypatch):
-    without_top_k = {}  # by the memory of the truncated distributions: the same ones before truncation
-
-    def probabilities_twice(logits, temperature, top_k, top_p):
-        probs = probabilities(logits, temperature, top_k, top_p)
-        without_top_k[probs.data_ptr()] = probabilities(logits, temperature)
-        return probs
-
-    def accept_with_one_side_untruncated(draft_tokens, draft_probs, target_probs, generator=None):
-        if draft_tokens.shape[1] and side == "draft":
-            draft_probs = without_top_k[draft_probs.data_ptr()][:, : draft_probs.shape[1]]
-        if side == "target":
-            target_probs = without_top_k[target_probs.data_ptr()]
-        return speculative_accept(draft_tokens, draft_probs, target_probs, generator)
-
-    monkeypatch.setattr(minipass.decoder, "probabilities", probabilities_twice)
-    monkeypatch.setattr(minipass.decoder, "speculative_accept", accept_with_one_side_untruncated)
-    assert sampled_p_value(tiny, [[1, 2, 3]], 4, 0, **WAYS[method], lookahead=3, temperature=0.8, top_k=2) < 1e-6
+@pytest.mark.parametrize("method", ["two-pass", "fused", "tree", "two models"])
+def test_drafts_with_noise_of_their_own_leave_the_coupled_text_and_are_accepted_less_often(method, lively, patch):
+    way, sampling, prompts = (method, COUPLED), Sampling(1.0), [[token] for token in range(11)]
+    shared = engine(way, *lively, sampling).generate(prompts, 40)
+    patch(decode, "TARGET", DRAFT)
+    own = engine(way, *lively, sampling).generate(prompts, 40)
+    assert own.tokens == shared.tokens
+    assert own.tokens_per_pass < 0.9 * shared.tokens_per_pass
 
 
 # The records of a stream.
 
 
-@pytest.mark.parametrize("method", CHAINS)
-def test_records_tell_what_was_drafted_and_what_became_of_it(method, model, draft_model):
-    prompts, kept_counts = [[1, 2, 3], [4], [7, 8]], set()
-    settings = {**WAYS[method], "temperature": 1.0, "draft_model": draft_model, "lookahead": 3}
-    texts = [[] for _ in prompts]
-    for record in stream(model, prompts, 30, generator=torch.Generator().manual_seed(3), **settings):
-        kept_counts.add(tuple(record.n_accepted))
-        for b, tokens in enumerate(record.tokens):
-            texts[b] += tokens
-            assert len(tokens) == len(record.origins[b])
-            kept = [token for token, origin in zip(tokens, record.origins[b], strict=True) if origin == ACCEPTED]
-            assert len(kept) == record.n_accepted[b] <= record.n_tested[b]
-            if record.drafts is not None:
-                assert kept == record.drafts[b, : len(kept)].tolist()
-        if record.drafts is not None:
-            n_drafts = record.drafts.shape[1]
-            assert record.draft_probs.shape == (3, n_drafts, 11)
-            assert record.target_probs.shape == (3, n_drafts + 1, 11)
-            assert (record.draft_probs.gather(2, record.drafts[..., None]) > 0)[record.active].all()
-    again = generate(model, prompts, 30, generator=torch.Generator().manual_seed(3), **settings)
-    assert again.tokens == texts, "the same seed gives the same text, streamed or not"
-    if method != "autoregressive":
-        assert any(len(set(counts)) > 1 for counts in kept_counts), "each prompt keeps its own count"
+@each_way
+def test_records_tell_what_was_drafted_and_what_became_of_it(way, lively):
+    model, draft_model = lively
+    streaming, prompts, counts = engine(way, model, draft_model, Sampling(1.0)), [[1, 2, 3], [4], [7, 8]], set()
+    for turn in streaming.stream(prompts, 30, seed=3):
+        counts.add(tuple(turn.n_accepted))
+        drafts, tree = turn.result.drafts, turn.shape.tree
+        assert drafts.tokens.shape[1] == len(tree.parents)
+        assert turn.result.q.dense(11).shape[1:] == (len(tree.depth), 11)
+        for b, row in enumerate(turn.rows):
+            assert len(turn.tokens[b]) == len(turn.origins[b])
+            assert bool(turn.tokens[b]) == turn.active[b]
+            pairs = zip(turn.tokens[b], turn.origins[b], strict=True)
+            accepted = [token for token, origin in pairs if origin == ACCEPTED]
+            assert len(accepted) == turn.n_accepted[b] <= turn.n_tested[b] <= tree.depth[-1]
+            if turn.active[b]:
+                node, path = turn.result.last[row].item(), []
+                assert node == turn.last[b]
+                while node:
+                    path.insert(0, drafts.tokens[row, node - 1].item())
+                    node = tree.parents[node - 1]
+                assert accepted == path[: len(accepted)]
+    if way[0] != "plain":
+        assert any(len(set(numbers)) > 1 for numbers in counts), "each text has its own count"
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("method", [method for method in CHAINS[1:] if method != "prompt-lookup"])
-def test_recorded_distributions_are_what_the_models_say_of_the_text_so_far(method, lively_model, lively_draft):
+@pytest.mark.parametrize("way", CHAINS, ids=", ".join)
+def test_recorded_distributions_are_what_the_models_say_of_the_text_so_far(way, lively):
     """Exactness holds for any p, so only this test sees drafts that come from the wrong look-ahead rows."""
-    sampling = {"temperature": 0.9, "top_k": 6}
-    stand_ins = [7] * 3 if method == "fixed-token" else [11, 12, 13]  # [LA]_1, [LA]_2, [LA]_3
-    texts, n_compared = [[1, 2, 3], [4], [7, 8, 9, 1, 2]], 0
+    (model, draft_model), (method, rule), sampling = lively, way, Sampling(0.9, top_k=6)
+    prompts, seeds, n_compared = [[1, 2, 3], [4], [7, 8, 9, 1, 2]], [5, 6, 7], 0
+    texts = [list(prompt) for prompt in prompts]
 
-    def last_distributions(model, text: list[int], n: int) -> torch.Tensor:
-        return probabilities(model(torch.tensor([text]))[0, -n:], **sampling)
+    def last(model, text: list[int], n: int, n_lookahead: int = 0) -> list[list[float]]:
+        logits = slow_logits(model, [text], n_lookahead)[0, -n:].tolist()
+        return [slow_distribution(each, **vars(sampling)) for each in logits]
 
-    records = stream(lively_model, [list(text) for text in texts], 30, **WAYS[method], lookahead=3, fixed_token=7,
-                     draft_model=lively_draft, generator=torch.Generator().manual_seed(3), **sampling)  # fmt: skip
-    for record in records:
-        for b, text in enumerate(texts):
-            if record.drafts is not None and record.active[b]:
-                drafts = record.drafts[b].tolist()
-                n, rooted = len(drafts), text + record.tokens[b][: record.origins[b][:1].count(FREE)]
-                if method == "speculative":
-                    p = last_distributions(lively_draft, rooted + drafts[:-1], n)
+    for turn in engine(way, model, draft_model, sampling).stream(prompts, 9, seed=seeds):
+        drafts = turn.result.drafts
+        for b, (text, row) in enumerate(zip(texts, turn.rows, strict=True)):
+            n = len(turn.shape.tree.parents)
+            if turn.active[b] and n:
+                tokens = drafts.tokens[row].tolist()
+                if method == "two models":
+                    p = last(draft_model, text + tokens[:-1], n)
+                elif method == "fixed token":
+                    p = last(model, text[:-1] + [2] * n, n)
                 else:  # the look-ahead rows follow the token before the root
-                    p = last_distributions(lively_model, rooted[:-1] + stand_ins[:n], n)
-                torch.testing.assert_close(record.draft_probs[b], p)
-                q = last_distributions(lively_model, rooted + drafts, n + 1)
-                torch.testing.assert_close(record.target_probs[b], q)
+                    p = last(model, text[:-1], n, n)
+                if rule == COUPLED:  # the drafts that win the target's race
+                    assert tokens == [slow_race(each, seeds[b], len(text) + i)[0] for i, each in enumerate(p)]
+                else:
+                    torch.testing.assert_close(drafts.p[row, :n], torch.tensor(p, dtype=torch.float64))
+                q = torch.tensor(last(model, text + tokens, n + 1), dtype=torch.float64)
+                torch.testing.assert_close(turn.result.q.dense(11)[row], q)
                 n_compared += 1
-            text += record.tokens[b]
-    assert n_compared > 20
+            text += turn.tokens[b]
+    assert n_compared > 6
 
 
-@pytest.mark.parametrize("method", CHAINS)
-def test_origins_and_counts_of_a_record_follow_from_each_other(method, lively_model, lively_draft):
-    settings = {**WAYS[method], "temperature": 1.0, "lookahead": 3, "draft_model": lively_draft, "stop_token": 3}
-    seen = set()
-    for seed in range(10):
-        generator = torch.Generator().manual_seed(seed)
-        for record in stream(lively_model, [[1, 2, 3], [4], [7, 8]], 20, generator=generator, **settings):
-            for b, (tokens, origins) in enumerate(zip(record.tokens, record.origins, strict=True)):
+@pytest.mark.parametrize("way", [("plain", COUPLED), *CHAINS], ids=", ".join)
+def test_origins_and_counts_of_a_record_follow_from_each_other(way, lively):
+    seen, streaming = set(), engine(way, *lively, Sampling(1.0))
+    for seed in range(6):
+        for turn in streaming.stream([[1, 2, 3], [4], [7, 8]], 20, seed=seed, stop_token=3):
+            n_drafts = len(turn.shape.tree.parents)
+            for b, (tokens, origins) in enumerate(zip(turn.tokens, turn.origins, strict=True)):
                 seen |= set(origins)
-                n_drafts = 0 if record.drafts is None else record.drafts.shape[1]
-                kept = record.n_accepted[b]
-                free = [FREE] if method in ("pass-two-pass", "fixed-token") or not n_drafts else []
-                last = FREE if not n_drafts else BONUS if kept == n_drafts else CORRECTED
-                assert origins == [*free, *[ACCEPTED] * kept, last][: len(origins)]
-                assert bool(tokens) == record.active[b]
-                complete = origins[-1:] in ([BONUS], [CORRECTED])  # not cut off by the text's end
-                assert record.n_tested[b] == (n_drafts if complete else kept)
+                n_accepted, row = turn.n_accepted[b], turn.rows[b]
+                drawn = SAMPLED if not n_drafts else BONUS if n_accepted == n_drafts else CORRECTED
+                assert origins == [*[ACCEPTED] * n_accepted, drawn][: len(origins)]
+                complete = bool(origins) and origins[-1] != ACCEPTED  # not cut off by the text's end
+                assert turn.n_tested[b] == (n_drafts if complete else n_accepted)
                 if complete:
-                    q, p = record.target_probs[b, kept], torch.zeros(11, dtype=torch.float64)
-                    if origins[-1] == CORRECTED:
-                        p = record.draft_probs[b, kept]
-                    assert q[tokens[-1]] > p[tokens[-1]]
-    assert seen == ({FREE} if method == "autoregressive" else {FREE, ACCEPTED, CORRECTED, BONUS})
+                    q = turn.result.q.dense(11)[row, n_accepted]
+                    assert q[tokens[-1]] > 0
+                    if drawn == CORRECTED and way[1] == REJECTION:
+                        assert q[tokens[-1]] > turn.result.drafts.p[row, n_accepted, tokens[-1]]
+                    if drawn == CORRECTED and way[1] == COUPLED:
+                        assert tokens[-1] != turn.result.drafts.tokens[row, n_accepted]
+    assert seen == ({SAMPLED} if way[0] == "plain" else {SAMPLED, ACCEPTED, CORRECTED, BONUS})
 
 
-@pytest.mark.parametrize("method", WAYS)
-def test_a_generation_is_the_sum_of_its_records(method, lively_model, lively_draft):
-    settings = {**WAYS[method], "temperature": 1.0, "lookahead": 3, "draft_model": lively_draft, "stop_token": 3}
+@each_way
+def test_a_generation_is_the_sum_of_its_records(way, lively):
     prompts = [[1, 2, 3], [4], [7, 8]]
-    records = list(stream(lively_model, prompts, 20, generator=torch.Generator().manual_seed(1), **settings))
-    result = generate(lively_model, prompts, 20, generator=torch.Generator().manual_seed(1), **settings)
-    assert result.tokens == [[token for record in records for token in record.tokens[b]] for b in range(3)]
-    assert result.rounds == len(records)
-    assert result.passes == sum(map(n_passes, records))
-    assert result.prompt_passes == sum(n_passes(record) * sum(record.active) for record in records)
-    n_drafts = sum(record.drafts.shape[1] for record in records if record.drafts is not None)
-    assert result.draft_passes == (n_drafts if method == "speculative" else 0)
+    turns = list(engine(way, *lively, Sampling(1.0)).stream(prompts, 20, seed=1, stop_token=3))
+    result = engine(way, *lively, Sampling(1.0)).generate(prompts, 20, seed=1, stop_token=3)
+    models = [[model for model, _ in turn.passes] for turn in turns]
+    assert result == Generation(
+        tokens=[[token for turn in turns for token in turn.tokens[b]] for b in range(3)],
+        passes=sum(each.count(TARGET_MODEL) for each in models),
+        draft_passes=sum(each.count(DRAFTER) for each in models),
+        prompt_passes=sum(sum(turn.active) for turn in turns),
+        tested=result.tested,
+        accepted=result.accepted,
+    )
+    assert result.passes == len(turns), "a turn is one pass of the target"
+    n_drafts = sum(len(turn.shape.tree.parents) for turn in turns)
+    assert result.draft_passes == (n_drafts if way[0] == "two models" else 0)
     for counts, name in ((result.tested, "n_tested"), (result.accepted, "n_accepted")):
-        numbers = [number for record in records for number in getattr(record, name)]
+        numbers = [number for turn in turns for number in getattr(turn, name)]
         assert counts == [sum(number > position for number in numbers) for position in range(len(counts))]
         assert sum(counts) == sum(numbers)
 
 
-@pytest.mark.parametrize("method", WAYS)
-def test_texts_that_have_ended_leave_the_batch_once_they_are_half_of_it(
-    method, lively_model, lively_draft, monkeypatch
-):
-    sizes, forward = [], type(lively_model).forward
+def test_tokens_per_pass_follow_from_the_counts(lively):
+    model, _ = lively
+    plain = Engine(model, Plain()).generate([1, 2, 3], 20)
+    assert (plain.passes, plain.tokens_per_pass, plain.acceptance) == (20, 1.0, [])
+    two_pass, fused = (list(Engine(model, method).stream([1, 2, 3], 13)) for method in (TwoPass(2), Fused(2)))
+    assert [len(turn.shape.tree.parents) for turn in two_pass[:4]] == [0, 2, 0, 2], "draft, verify, draft, verify"
+    for turns in (two_pass, fused):
+        assert all(len(turn.tokens[0]) == 1 + turn.n_accepted[0] for turn in turns[:-1])
+
+
+@each_way
+def test_texts_that_have_ended_leave_the_batch_once_they_are_half_of_it(way, lively, monkeypatch):
+    sizes, hidden = [], GPT.hidden
 
     def counted(model, ids, *arguments, **more):
         sizes.append(len(ids))
-        return forward(model, ids, *arguments, **more)
+        return hidden(model, ids, *arguments, **more)
 
-    monkeypatch.setattr(type(lively_model), "forward", counted)
-    prompts = [[token, 3, 8] for token in range(8)]
-    settings = {**WAYS[method], "draft_model": lively_draft, "stop_token": 8}
-    result = generate(lively_model, prompts, 60, **settings)  # past the window
-    batch_sizes = set(sizes)
-    assert max(batch_sizes) == 8 > min(batch_sizes)
+    monkeypatch.setattr(GPT, "hidden", counted)
+    prompts, stop = [[token, 3, 8] for token in range(8)], [0, 5, 8]
+    texts = engine(way, *lively).generate(prompts, 13, stop_token=stop).tokens
     assert sizes == sorted(sizes, reverse=True)
-    monkeypatch.undo()
-    assert result.tokens == [plain_greedy(lively_model, prompt, 60, 8) for prompt in prompts]
+    assert sizes[0] == 8 > sizes[-1]
+    past_the_window = engine(way, *lively).generate(prompts, 30, stop_token=stop).tokens
+    expected = [plain_text(lively[0], prompt, 30, stop=stop) for prompt in prompts]
+    assert past_the_window == expected
+    assert texts == [text[:13] for text in expected]
 
 
-def test_another_seed_gives_another_text(lively_model):
-    texts = [
-        generate(lively_model, [1, 2, 3], 20, temperature=1.0, generator=torch.Generator().manual_seed(seed)).tokens
-        for seed in (0, 0, 1)
-    ]
-    assert texts[0] == texts[1] != texts[2]
-
-
-def test_tokens_per_pass_follow_from_the_counts(model):
-    plain = generate(model, [1, 2, 3], 20, method="autoregressive")
-    assert (plain.passes, plain.tokens_per_pass, plain.acceptance) == (20, 1.0, [])
-    records = list(stream(model, [1, 2, 3], 20, method="pass-two-pass", lookahead=2))
-    assert all(n_passes(record) == 2 for record in records[:-1])
-    assert all(len(record.tokens[0]) == 2 + record.n_accepted[0] for record in records[:-1])
-    records = list(stream(model, [1, 2, 3], 20, method="pass", lookahead=2))
-    assert all(n_passes(record) == 1 for record in records)
-    assert all(len(record.tokens[0]) == 1 + record.n_accepted[0] for record in records[:-1])
+# Bad input.
 
 
 @pytest.mark.parametrize(
@@ -371,15 +559,31 @@ def test_tokens_per_pass_follow_from_the_counts(model):
     [
         ([], {}),
         ([[1], []], {}),
-        ([1] * 40, {}),
+        ([1] * 41, {}),
         ([11], {}),
         ([-1], {}),
+        ([1.9], {}),
         ([1], {"max_new_tokens": 0}),
         ([1], {"max_new_tokens": -1}),
+        ([1], {"max_new_tokens": 2.5}),
+        ([1], {"stop_token": 11}),
+        ([1], {"stop_token": -1}),
+        ([1], {"stop_token": [3, 11]}),
+        ([1], {"seed": [1, 2]}),
+        ([1], {"seed": -1}),
+        ([1], {"seed": 2**63}),
+        ([1], {"seed": [0.5]}),
+        ([[1], [2]], {"seed": [1]}),
         ([1], {"method": "magic"}),
+        ([1], {"rule": "magic"}),
+        ([1], {"method": "tree", "rule": "magic"}),
+        ([1], {"method": "two-pass", "rule": "magic"}),
         ([1], {"lookahead": 0}),
         ([1], {"lookahead": -2}),
         ([1], {"lookahead": 5}),
+        ([1], {"method": "two-pass", "lookahead": 0}),
+        ([1], {"method": "tree", "tree": (0, 1, 2, 3, 4)}),
+        ([1], {"method": "tree", "tree": (0,) * 12}),
         ([1], {"temperature": -0.1}),
         ([1], {"temperature": float("nan")}),
         ([1], {"temperature": float("inf")}),
@@ -387,31 +591,47 @@ def test_tokens_per_pass_follow_from_the_counts(model):
         ([1], {"top_p": 0.0}),
         ([1], {"top_p": 1.1}),
         ([1], {"top_p": float("nan")}),
-        ([1], {"method": "speculative"}),
-        ([1], {"method": "fixed-token", "fixed_token": 11}),
-        ([1], {"prompt_lookup": -1}),
-        ([1], {"method": "pass-two-pass", "prompt_lookup": 3}),
-        ([1], {"captures": {}}),  # on a CPU
+        ([1], {"method": "two-models"}),
+        ([1], {"method": "two-pass", "fixed_token": 11}),
+        ([1], {"method": "two-pass", "fixed_token": -1}),
+        ([1], {"lookup": -1}),
+        ([1], {"method": "two-pass", "lookup": 3}),
+        ([1], {"use_graphs": True}),  # on a CPU
     ],
 )
 def test_bad_input_is_an_input_error(prompt, settings, model):
     with pytest.raises(InputError):
-        generate(model, prompt, **({"max_new_tokens": 5} | settings))
+        minipass.generate(model, prompt, **({"max_new_tokens": 5} | settings))
 
 
-def test_a_draft_model_with_another_vocabulary_is_an_input_error(model, tiny_draft):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda draft_model: TwoModels(draft_model, rule="magic"),
+        lambda draft_model: Auto(chooser(), "magic"),
+        lambda draft_model: Fused(2, lookup=-1),
+        lambda draft_model: Fused(2.5),
+    ],
+)
+def test_a_method_out_of_bounds_is_an_input_error(make, draft_model):
     with pytest.raises(InputError):
-        generate(model, [1], 5, method="speculative", draft_model=tiny_draft)
+        make(draft_model)
 
 
-@pytest.mark.parametrize("method", ["pass", "pass-two-pass"])
+def test_a_draft_model_with_another_vocabulary_is_an_input_error(model, tiny):
+    with pytest.raises(InputError):
+        Engine(model, TwoModels(tiny[1]))
+
+
+@pytest.mark.parametrize("method", [Fused(2), TwoPass(2), Fused(chain(1))], ids=repr)
 def test_a_model_without_a_table_cannot_draft_with_it(method, draft_model):
     with pytest.raises(InputError):
-        generate(draft_model, [1], 5, **WAYS[method])
-    assert generate(draft_model, [1], 5, method="fixed-token").tokens == [plain_greedy(draft_model, [1], 5, None)]
+        Engine(draft_model, method)
+    fixed = Engine(draft_model, TwoPass(2, fixed_token=7))
+    assert fixed.generate([1], 5).tokens == [plain_text(draft_model, [1], 5)]
 
 
 def test_bad_input_is_refused_before_the_first_pass(model, monkeypatch):
-    monkeypatch.setattr(model, "forward", None)
+    monkeypatch.setattr(GPT, "hidden", None)
     with pytest.raises(InputError):
-        next(stream(model, [1], 5, method="speculative"))
+        Engine(model, Plain()).stream([1], 0)

@@ -19,7 +19,7 @@ def positions(panel) -> dict[str, str]:
     return dict(zip(panel.names, panel.positions(), strict=True))
 
 
-def test_two_pass_round():
+def test_the_two_passes_of_two_pass_decoding():
     draft, verify = two_pass(n_lookahead=2)
     assert sees(draft) == {"root": ["root"], "LA1": ["root", "LA1"], "LA2": ["root", "LA1", "LA2"]}
     assert sees(verify) == {"x": ["x"], "d1": ["x", "d1"], "d2": ["x", "d1", "d2"]}
@@ -27,7 +27,7 @@ def test_two_pass_round():
     assert positions(verify) == {"x": "n", "d1": "n+1", "d2": "n+2"}
 
 
-def test_fused_round():
+def test_the_fused_pass():
     (panel,) = fused(n_lookahead=3)
     real = ["root", "d1", "d2", "d3"]
     for j in range(4):
@@ -38,7 +38,7 @@ def test_fused_round():
     assert positions(panel)["(3,3)"] == "n+5"
 
 
-def test_training_sequence():
+def test_the_training_sequence():
     (panel,) = training(n_text=9, cuts=(1, 5), n_lookahead=2)
     assert sees(panel)["(1,2)"] == ["t0", "t1", "(1,1)", "(1,2)"]
     assert sees(panel)["t8"] == [f"t{i}" for i in range(9)]

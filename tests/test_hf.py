@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import random_model
 
-from minipass import losses, weights
+from minipass import generate, losses, weights
 from minipass.errors import InputError
-from minipass.generate import generate
+from minipass.extras import export
 from minipass.model import GPT
 from minipass.tokenizer import encoding_of
 
@@ -58,7 +58,7 @@ def assert_same_model(ours: GPT, theirs) -> None:
     text = theirs.generate(prompt[None], attention_mask=torch.ones(1, 5), do_sample=False, max_new_tokens=n_new,
                            eos_token_id=None, pad_token_id=0)  # fmt: skip
     assert len(text[0, 5:].unique()) > 5, "a text that says one thing for ever shows little"
-    for method in ("autoregressive", "pass"):
+    for method in ("plain", "pass"):
         result = generate(ours, prompt.tolist(), n_new, method=method, temperature=0.0)
         assert result.tokens[0] == text[0, 5:].tolist()
 
@@ -102,9 +102,9 @@ def test_a_table_fits_another_copy_of_the_base_and_is_all_that_changes(ours, fol
     assert torch.equal(copy.lookahead, other.lookahead)
     assert all(torch.equal(v, ours.state_dict()[name]) for name, v in copy.state_dict().items() if name != "lookahead")
     prompt, settings = [1, 2, 3], {"temperature": 0.0}
-    plain = generate(copy, prompt, 20, method="autoregressive", **settings)
+    plain = generate(copy, prompt, 20, method="plain", **settings)
     assert generate(copy, prompt, 20, method="pass", lookahead=7, **settings).tokens == plain.tokens
-    with pytest.raises(InputError, match=r"1\.\.7 .* not 8"):
+    with pytest.raises(InputError, match=r"needs 8 look-ahead tokens, .* has 7"):
         generate(copy, prompt, 20, method="pass", lookahead=8, **settings)
 
 
@@ -342,7 +342,7 @@ def test_the_joint_stage_trains_a_gpt2_with_a_new_table_and_stores_both(gpt2_ove
     assert trained.encoding.name == "gpt2"
     untrained = weights.from_pretrained(gpt2_over_bytes).bfloat16().float()
     assert not torch.equal(trained.model.wte.weight, untrained.wte.weight)
-    call(weights, tmp_path / "run/model.pt", tmp_path / "out")
+    call(export, tmp_path / "run/model.pt", tmp_path / "out")
     exported = weights.load(tmp_path / "out").model
     tensors = trained.model.state_dict()
     assert all(torch.equal(value, tensors[name]) for name, value in exported.state_dict().items())

@@ -1,12 +1,20 @@
-"""Prompt lookup: what followed the last tokens when they stood before."""
+"""Prompt lookup: what followed the last tokens when they stood there before."""
 
 import random
-from itertools import pairwise
 
 import pytest
+from conftest import plain_text
 
-from minipass.generate import generate, stream
+from minipass.decode import Engine, Fused
 from minipass.lookup import NGRAMS, PromptLookup
+from minipass.sampling import REJECTION, RULES, Sampling
+
+
+def drafts(text: list[int], n_drafts: int) -> list[int]:
+    """What a new index drafts after the text."""
+    lookup = PromptLookup()
+    lookup.extend(text)
+    return lookup.drafts(n_drafts)
 
 
 def by_search(text: list[int], n_drafts: int) -> list[int]:
@@ -26,7 +34,8 @@ def test_drafts_are_those_of_a_search_through_the_whole_text():
     for _ in range(300):
         text = [rng.randrange(6) for _ in range(rng.randint(1, 30))]
         cut = rng.randint(0, len(text))
-        lookup = PromptLookup(text[:cut])
+        lookup = PromptLookup()
+        lookup.extend(text[:cut])
         lookup.extend(text[cut:])
         assert lookup.drafts(5) == by_search(text, 5)
         found += bool(lookup.drafts(5))
@@ -34,34 +43,32 @@ def test_drafts_are_those_of_a_search_through_the_whole_text():
 
 
 def test_the_longest_of_several_places_decides_and_of_equal_ones_the_last():
-    assert PromptLookup([1, 2, 3, 4, 0, 9, 3, 5, 0, 1, 2, 3]).drafts(1) == [4]
-    assert PromptLookup([3, 4, 0, 3, 5, 0, 3]).drafts(2) == [5, 0]
+    assert drafts([1, 2, 3, 4, 0, 9, 3, 5, 0, 1, 2, 3], 1) == [4]
+    assert drafts([3, 4, 0, 3, 5, 0, 3], 2) == [5, 0]
 
 
-def test_a_copy_that_reaches_the_end_goes_on_with_its_own_beginning():
-    assert PromptLookup([7, 1, 2, 1, 2]).drafts(5) == [1, 2, 1, 2, 1]
-    assert PromptLookup([4]).drafts(5) == []
+def test_a_copy_that_reaches_the_end_continues_with_its_own_beginning():
+    assert drafts([7, 1, 2, 1, 2], 5) == [1, 2, 1, 2, 1]
+    assert drafts([4], 5) == []
 
 
-@pytest.mark.parametrize("method", ["prompt-lookup", "pass"])
-def test_text_that_repeats_itself_takes_few_passes(method, lively_model):
-    loop = generate(lively_model, [8, 8, 8], 30, method="autoregressive").tokens[0]
-    n_changes = sum(a != b for a, b in pairwise(loop))
-    result = generate(lively_model, [8, 8, 8], 30, method=method, prompt_lookup=6)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("n", [0, 2])
+def test_text_that_repeats_itself_takes_few_passes(n, rule, model):
+    loop = plain_text(model, [8, 8, 8], 30)
+    assert len(set(loop[10:])) == 1, "with random weights a model repeats one token"
+    result = Engine(model, Fused(n, rule, lookup=6)).generate([8, 8, 8], 30)
     assert result.tokens == [loop]
-    if n_changes < 5:
-        assert result.tokens_per_pass > 2
+    assert result.tokens_per_pass > 2
 
 
-def test_copied_drafts_have_all_of_p_and_those_of_a_text_without_a_copy_come_from_look_ahead_tokens(lively_model):
+def test_under_rejection_copied_drafts_have_all_of_p_and_those_of_other_texts_have_a_look_ahead_tokens_p(lively_model):
     prompts, mixed = [[1, 2, 3, 1, 2], [4, 5, 6]], 0
-    for record in stream(lively_model, prompts, 20, method="pass", lookahead=2, temperature=1.0, prompt_lookup=3):
-        if record.drafts is not None:
-            own = record.draft_probs.gather(2, record.drafts[..., None]).squeeze(2)
-            copied = (own == 1).all(1)
-            mixed += copied.any().item() and not copied.all().item()
-            if copied.any():
-                assert record.drafts.shape[1] <= 3
-            else:
-                assert record.drafts.shape[1] <= 2
-    assert mixed, "in some round one text was copied and the other was not"
+    engine = Engine(lively_model, Fused(2, REJECTION, lookup=3), Sampling(1.0))
+    for turn in engine.stream(prompts, 20):
+        tokens, p = turn.result.drafts
+        if tokens.shape[1]:
+            copied = (p[:, :-1].gather(2, tokens[..., None]) == 1).squeeze(2).all(1)
+            mixed += bool(copied.any() and not copied.all())
+            assert tokens.shape[1] <= (3 if copied.any() else 2)
+    assert mixed, "in some turn one text was copied and the other was not"

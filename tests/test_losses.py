@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from minipass.layout import lookahead_ids
+from minipass.layout import path, with_groups
 from minipass.losses import (
     TV_SCALE,
     evaluate,
@@ -42,8 +42,8 @@ def test_lookahead_rows_behind_a_cut_are_a_draft_pass_after_the_text_up_to_it(mo
     assert draft_logits.shape == (B, G, L, V)
     for b in range(B):
         for g, cut in enumerate(cuts[b]):
-            rows = torch.cat([text[b, : cut + 1], lookahead_ids(V, L)])[None]
-            torch.testing.assert_close(draft_logits[b, g], model(rows)[0, -L:])
+            draft_pass = with_groups(path(cut + 1), [cut], L)
+            torch.testing.assert_close(draft_logits[b, g], model(text[b, None, : cut + 1], draft_pass)[0, -L:])
 
 
 @torch.no_grad()

@@ -1,293 +1,532 @@
-"""Trees of drafts: both rules against exact enumeration, planted bugs, the chain as a special case."""
+"""Draft trees: both acceptance rules against slow references and exact enumeration, planted bugs, chains as trees."""
 
 import itertools
+import math
 
 import pytest
 import torch
-from conftest import chi_square_p_value, random_model, sequence_probabilities
+from conftest import SPARSE, TREE, chi_square_p_value, random_model, sequence_probabilities, slow_logits
 
-import minipass.decoder
-import minipass.rounds
-import minipass.sampling
-from minipass.generate import ACCEPTED, BONUS, CORRECTED, RULES, generate, stream
-from minipass.layout import DraftTree, Layout, ancestors, chain, fused_layout, group_rows
+import minipass.trees
+from minipass.decode import Engine, Fused, Plain
+from minipass.errors import InputError
+from minipass.layout import Layout
 from minipass.model import KVCache
-from minipass.sampling import draw, draw_candidates, probabilities, speculative_accept, tree_accept
+from minipass.sampling import (
+    ACCEPTANCE,
+    COUPLED,
+    DRAFT,
+    REJECTION,
+    RULES,
+    TARGET,
+    Distribution,
+    Sampling,
+    mix,
+    reject,
+    stream_keys,
+    uniform,
+)  # fmt: skip
+from minipass.texts import ACCEPTED, BONUS, CORRECTED
+from minipass.trees import Drafts, DraftTree, Shape, accept, chain
 
-TREE = DraftTree((0, 0, 0, 1, 1, 2, 4))  # three drafts for the next token, two and one behind, one more behind one
 CPU = torch.device("cpu")
-N_SAMPLES = 12_000
+N_SAMPLES = 8_000
+DRAWN = Sampling(1.0)  # the settings of a draw at any temperature but 0
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return random_model(seed=5, std=0.5, vocab_size=5, block_size=16, n_layer=1, n_lookahead=3)
+    return random_model(seed=5, std=0.7, vocab_size=5, block_size=16, n_layer=1, n_head=1, n_embd=8, n_lookahead=3)
 
 
-def tree_p_value(model, rule: str, n_new: int = 4, tree: DraftTree = TREE, **sampling) -> float:
-    """Chi-square of N_SAMPLES texts, drawn with a tree, against their enumerated distribution."""
-    sampling = sampling or {"temperature": 1.0}
-    settings = {"method": "pass-tree", "tree": tree, "rule": rule, "generator": torch.Generator().manual_seed(0)}
-    result = generate(model, [[1, 2, 3]] * N_SAMPLES, n_new, **settings, **sampling)
-    samples = [tuple(tokens) for tokens in result.tokens]
-    return chi_square_p_value(samples, sequence_probabilities(model, [1, 2, 3], n_new, **sampling))
+def whole(probs: torch.Tensor) -> Distribution:
+    """Probabilities of all tokens as a Distribution."""
+    return Distribution(torch.arange(probs.shape[-1]).expand(probs.shape), probs)
 
 
-# The rule alone: one place, random p and q, by enumeration.
+def random_probs(*shape: int, seed: int = 0) -> torch.Tensor:
+    """(*shape) distributions over the last axis, some of whose probabilities are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+    least = logits.argmin(-1, keepdim=True)
+    return logits.scatter(-1, least, -math.inf).softmax(-1)
+
+
+def keys_of(drafts: DraftTree, n_texts: int, seed: int = 0) -> torch.Tensor:
+    """Noise of the place after each node, (3, n_texts, 1 + N)."""
+    return mix(stream_keys(torch.arange(n_texts) + seed) + torch.tensor(drafts.depth))
+
+
+def drawn_drafts(drafts: DraftTree, p: torch.Tensor, keys: torch.Tensor, stream: int) -> torch.Tensor:
+    """A draft (B, N) for each node: siblings are drawn without replacement from their parent's p (B, 1 + N, V)."""
+    ranked = DRAWN.draw(whole(p), keys[stream], drafts.width)  # (B, 1 + N, width)
+    return ranked[:, list(drafts.parents), list(drafts.rank)]
+
+
+# Acceptance against a walk down the tree, one text and one node at a time.
+
+
+def walk(
+    drafts: DraftTree, tokens: list[int], p: torch.Tensor | None, q: torch.Tensor, keys: torch.Tensor
+) -> tuple[int, int]:
+    """The last accepted node and the next token of one text. p, q: (1 + N, V); keys: (3, 1 + N)."""
+
+    def number(stream: int, node: int, token: int) -> float:
+        return uniform(keys[stream, node], torch.tensor([token])).item()
+
+    def draw(probs: list[float], node: int) -> int:
+        return max(range(len(probs)), key=lambda token: probs[token] / -math.log(number(TARGET, node, token)))
+
+    node = 0
+    while True:
+        children = [child for child, parent in enumerate(drafts.parents, 1) if parent == node]
+        left = q[node].tolist()
+        if p is None:
+            next_token = draw(left, node)
+            right = [child for child in children if tokens[child - 1] == next_token]
+            if not right:
+                return node, next_token
+            node = right[0]
+            continue
+        others = p[node].tolist()
+        for child in children:
+            draft = tokens[child - 1]
+            total = sum(others)
+            others = [other / total for other in others] if total else others
+            if others[draft] == 0:
+                continue
+            if number(ACCEPTANCE, node, draft) < left[draft] / others[draft]:
+                node = child
+                break
+            residual = [max(0.0, mine - other) for mine, other in zip(left, others, strict=True)]
+            left = [value / sum(residual) for value in residual] if sum(residual) else left
+            others[draft] = 0.0
+        else:
+            return node, draw(left, node)
+
+
+def random_tree(generator: torch.Generator) -> DraftTree:
+    """Of 0 to 8 drafts, with no more than 4 siblings."""
+    parents, depth = [], [0]
+    for i in range(int(torch.randint(9, (1,), generator=generator))):
+        fits = [node for node in range(i + 1) if depth[node] + 1 >= depth[-1] and parents.count(node) < 4]
+        parents.append(fits[int(torch.randint(len(fits), (1,), generator=generator))])
+        depth.append(depth[parents[-1]] + 1)
+    return DraftTree(parents)
+
+
+def alike(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """A target with enough of p for drafts to be accepted often."""
+    return 0.6 * p + 0.4 * q
+
+
+def mismatches(rule: str, change=lambda nodes: nodes, judged=lambda nodes, p: p) -> int:
+    """Texts on random trees for which `accept` does not say what the walk says; each node has a p of its own."""
+    generator, n_wrong, n_accepted = torch.Generator().manual_seed(0), 0, 0
+    for i in range(25):
+        drafts = random_tree(generator)
+        n_nodes, keys = len(drafts.depth), keys_of(drafts, 12, seed=100 * i)
+        p, q = random_probs(12, n_nodes, 6, seed=2 * i), random_probs(12, n_nodes, 6, seed=2 * i + 1)
+        q, nodes = alike(p, q), Shape(drafts).on(CPU)
+        tokens = drawn_drafts(drafts, p, keys, TARGET if rule == COUPLED else DRAFT)
+        given = None if rule == COUPLED else judged(nodes, p)
+        last, next_token = accept(change(nodes), Drafts(tokens, given), whole(q), DRAWN, keys)
+        for b in range(12):
+            expected = walk(drafts, tokens[b].tolist(), None if rule == COUPLED else p[b], q[b], keys[:, b])
+            n_wrong += (last[b].item(), next_token[b].item()) != expected
+            n_accepted += drafts.depth[expected[0]] > 1
+    assert n_accepted > 30, "deep nodes are accepted, too"
+    return n_wrong
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("n_candidates", [1, 2, 3, 4])
-def test_the_first_token_has_the_targets_distribution_whatever_the_drafts(rule, n_candidates):
-    generator = torch.Generator().manual_seed(n_candidates)
-    fan = DraftTree((0,) * n_candidates)
-    for _ in range(3):
-        p, q = torch.rand(2, 4, generator=generator, dtype=torch.float64).pow(3).softmax(-1)
-        probs = p.expand(N_SAMPLES, 1, 4)
-        drafts = draw_candidates(probs, n_candidates, generator)[:, 0]
-        targets = q.expand(N_SAMPLES, 1 + n_candidates, 4)
-        kept, next_token = tree_accept(fan, drafts, None if rule == "matching" else probs, targets, generator)
-        assert (kept[:, 1:].sum(1) <= 1).all(), "siblings are rivals"
-        first = torch.where(
-            kept[:, 1:].any(1), drafts.gather(1, kept[:, 1:].long().argmax(1, True)).squeeze(1), next_token
-        )
-        samples = [(token,) for token in first.tolist()]
-        assert chi_square_p_value(samples, {(token,): q[token].item() for token in range(4)}) > 1e-3
+def test_on_random_trees_the_rules_accept_what_a_walk_down_the_tree_accepts(rule):
+    assert mismatches(rule) == 0
 
 
-def test_more_candidates_are_kept_more_often_and_recursive_rejection_keeps_all_that_is_possible_with_one():
-    generator = torch.Generator().manual_seed(0)
-    p, q = torch.rand(2, 6, generator=generator, dtype=torch.float64).pow(3).softmax(-1)
-    rates = {rule: [] for rule in RULES}
-    for n in (1, 2, 4):
-        probs, targets = p.expand(N_SAMPLES, 1, 6), q.expand(N_SAMPLES, 1 + n, 6)
-        drafts = draw_candidates(probs, n, generator)[:, 0]
-        for rule in RULES:
-            kept, _ = tree_accept(
-                DraftTree((0,) * n), drafts, None if rule == "matching" else probs, targets, generator
-            )
-            rates[rule].append(kept[:, 1:].any(1).double().mean().item())
-    assert rates["recursive"][0] == pytest.approx(torch.minimum(p, q).sum().item(), abs=0.02)
-    assert rates["matching"][0] == pytest.approx((p * q).sum().item(), abs=0.02)
+def p_of_another(nodes, p: torch.Tensor) -> torch.Tensor:
+    """Of each node the p of the node before it, which at most places is a sibling."""
+    return p.roll(1, dims=1)
+
+
+BAD_NODES = {
+    "a node is accepted though its parent was not": lambda nodes: nodes._replace(
+        elsewhere=~torch.eye(len(nodes.depth)).bool()
+    ),
+    "siblings are tested in the wrong order": lambda nodes: nodes._replace(by_rank=nodes.by_rank[::-1]),
+}
+
+
+@pytest.mark.parametrize("bug", BAD_NODES)
+def test_a_tree_that_is_walked_down_wrongly_is_caught(bug):
+    assert mismatches(REJECTION, change=BAD_NODES[bug]) > 5
+
+
+def test_a_node_whose_parent_was_not_accepted_is_caught_under_the_coupled_rule():
+    assert mismatches(COUPLED, change=BAD_NODES["a node is accepted though its parent was not"]) > 5
+
+
+def test_the_p_of_another_parent_is_caught():
+    assert mismatches(REJECTION, judged=p_of_another) > 5
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_targets_with_few_tokens_are_judged_as_those_with_all(rule):
+    keys, nodes = keys_of(TREE, 300), Shape(TREE).on(CPU)
+    p = random_probs(300, 8, 9, seed=1)
+    sampling = Sampling(1.0, top_k=3)
+    q = sampling.distribution(alike(p, random_probs(300, 8, 9, seed=2)).log())
+    drafts = drawn_drafts(TREE, p, keys, TARGET if rule == COUPLED else DRAFT)
+    drafts = Drafts(drafts, None if rule == COUPLED else p)
+    few, all_tokens = (accept(nodes, drafts, each, sampling, keys) for each in (q, whole(q.dense(9))))
+    assert torch.equal(few[0], all_tokens[0])
+    assert torch.equal(few[1], all_tokens[1])
+    assert len(few[0].unique()) > 4
+
+
+def test_the_inputs_stay_as_they_were():
+    keys, p, q = keys_of(TREE, 50), random_probs(50, 8, 6, seed=1), whole(random_probs(50, 8, 6, seed=2))
+    drafts, before = Drafts(drawn_drafts(TREE, p, keys, DRAFT), p), (p.clone(), q.probs.clone())
+    accept(Shape(TREE).on(CPU), drafts, q, DRAWN, keys)
+    assert torch.equal(p, before[0])
+    assert torch.equal(q.probs, before[1])
+
+
+def test_on_a_chain_the_rejection_rule_is_the_papers():
+    """Chen et al., algorithm 2, and PaSS, section 3: the first draft with u >= q / p ends the text."""
+    for n in range(1, 5):
+        drafts, keys = chain(n), keys_of(chain(n), 300, seed=n)
+        p, q = random_probs(300, n + 1, 7, seed=n), random_probs(300, n + 1, 7, seed=10 + n)
+        q = alike(p, q)
+        tokens = drawn_drafts(drafts, p, keys, DRAFT)
+        last, next_token = accept(Shape(drafts).on(CPU), Drafts(tokens, p), whole(q), DRAWN, keys)
+        u = uniform(keys[ACCEPTANCE][:, :n], tokens[..., None])[..., 0]
+        ratio = q[:, :n].gather(2, tokens[..., None])[..., 0] / p[:, :n].gather(2, tokens[..., None])[..., 0]
+        n_accepted = (u < ratio).long().cumprod(1).sum(1)
+        text = torch.arange(300)
+        residual = (q - p).clamp(min=0)[text, n_accepted]
+        final = torch.where((n_accepted == n)[:, None], q[:, n], residual / residual.sum(1, keepdim=True))
+        assert torch.equal(last, n_accepted)
+        assert torch.equal(next_token, DRAWN.draw(whole(final), keys[TARGET][text, n_accepted]))
+
+
+def test_a_greedy_target_accepts_the_path_that_it_would_have_chosen():
+    q = Sampling().distribution(torch.eye(9)[torch.tensor([[4, 1, 7, 2, 8, 0, 3, 5]] * 3)])
+    tokens = torch.tensor([[6, 4, 5, 1, 2, 7, 0], [1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 0, 1, 2, 8]])
+    last, next_token = accept(Shape(TREE).on(CPU), Drafts(tokens), q, Sampling(), keys_of(TREE, 3))
+    # The target wants 4: node 2; then 7 as its node says: node 6. The second has no 4. The third: node 1, 1: node 5.
+    assert last.tolist() == [6, 0, 5]
+    assert next_token.tolist() == [3, 4, 0]
+
+
+# One place: a fan of siblings.
+
+
+def fan_outcome(rule: str, n: int, p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last accepted node and the first token of N_SAMPLES texts, n siblings for one place."""
+    fan, keys = DraftTree([0] * n), keys_of(DraftTree([0] * n), N_SAMPLES)
+    p, q = (each.expand(N_SAMPLES, 1 + n, -1) for each in (p, q))
+    tokens = drawn_drafts(fan, p, keys, TARGET if rule == COUPLED else DRAFT)
+    drafts = Drafts(tokens, None if rule == COUPLED else p)
+    last, next_token = accept(Shape(fan).on(CPU), drafts, whole(q), DRAWN, keys)
+    return last, torch.cat([next_token[:, None], tokens], dim=1).gather(1, last[:, None])[:, 0]
+
+
+def first_p_value(tokens: torch.Tensor, q: torch.Tensor) -> float:
+    expected = {(token,): value for token, value in enumerate(q.tolist()) if value}
+    return chi_square_p_value([(token,) for token in tokens.tolist()], expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("n_siblings", [1, 2, 3, 4])
+def test_the_first_token_has_the_targets_distribution_whatever_the_drafts(rule, n_siblings):
+    for seed in range(3):
+        p, q = random_probs(2, 5, seed=10 * n_siblings + seed)
+        assert first_p_value(fan_outcome(rule, n_siblings, p, q)[1], q) > 1e-3
+
+
+def test_more_siblings_are_accepted_more_often_and_with_one_a_rule_accepts_what_it_can():
+    p, q = 0.8 * random_probs(2, 6, seed=3) + 0.2 / 6
+    rates = {rule: [(fan_outcome(rule, n, p, q)[0] > 0).double().mean().item() for n in (1, 2, 4)] for rule in RULES}
+    overlap = torch.minimum(p, q).sum().item()
+    race = sum(1 / torch.maximum(p / p[token], q / q[token]).sum().item() for token in range(6))
+    assert rates[REJECTION][0] == pytest.approx(overlap, abs=0.02)  # no rule can do more
+    assert rates[COUPLED][0] == pytest.approx(race, abs=0.02)  # one token wins both races (Daliri, Musco, Suresh)
     for rule in RULES:
         assert rates[rule] == sorted(rates[rule])
 
 
-def test_candidates_are_drawn_without_replacement():
-    probs = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64)
-    pairs = draw_candidates(probs.expand(N_SAMPLES, 4), 2, torch.Generator().manual_seed(0))
-    expected = {(a, b): (probs[a] * probs[b] / (1 - probs[a])).item() for a, b in itertools.permutations(range(3), 2)}
-    assert chi_square_p_value(list(map(tuple, pairs.tolist())), expected) > 1e-3
+@pytest.mark.parametrize("rule", RULES)
+def test_fewer_likely_tokens_than_siblings_do_no_harm(rule):
+    p, q = torch.tensor([[1.0, 0.0, 0.0], [0.2, 0.5, 0.3]], dtype=torch.float64)
+    last, first = fan_outcome(rule, 3, p, q)
+    assert rule == COUPLED or (last < 2).all(), "what was never drawn is not accepted"
+    assert first_p_value(first, q) > 1e-3
 
 
-def test_fewer_likely_tokens_than_ranks_do_no_harm():
-    p, q = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.2, 0.5, 0.3])
-    probs, targets = p.expand(N_SAMPLES, 1, 3), q.expand(N_SAMPLES, 4, 3)
-    generator = torch.Generator().manual_seed(0)
-    drafts = draw_candidates(probs, 3, generator)[:, 0]
-    kept, next_token = tree_accept(DraftTree((0, 0, 0)), drafts, probs, targets, generator)
-    assert not kept[:, 2:].any(), "what was not drawn is not kept"
-    first = torch.where(kept[:, 1], drafts[:, 0], next_token).tolist()
-    assert chi_square_p_value([(token,) for token in first], {(i,): q[i].item() for i in range(3)}) > 1e-3
+# The same by exact enumeration.
+
+
+def acceptance(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """For each token as the draft: the probability that it is accepted (V,), by bisection for u, and what a rejection
+    leaves of q and of p (V, V)."""
+    n, u = len(p), torch.full((1, len(p)), 0.5, dtype=torch.float64)
+    place, step = (torch.arange(n)[None], p.expand(1, n, -1), whole(q.expand(1, n, -1))), 0.25
+    for _ in range(45):
+        accepted = minipass.trees.reject(*place, u)[0]
+        u, step = u + torch.where(accepted, step, -step), step / 2
+    _, residual, p_left = minipass.trees.reject(*place, u)
+    return u[0], residual[0], p_left[0]
+
+
+def emitted(p: torch.Tensor, q: torch.Tensor, n_siblings: int, left: torch.Tensor | None = None) -> torch.Tensor:
+    """The distribution (V,) of what n siblings, drawn from p without replacement and tested in turn, make of q.
+
+    left: what the rule has left of p.
+    """
+    if n_siblings == 0 or p.sum() == 0:
+        return q
+    total, p = torch.zeros_like(q), p / p.sum()
+    share, residual, p_left = acceptance(p if left is None else left, q)
+    for draft in p.nonzero().flatten().tolist():
+        others = p * (torch.arange(len(p)) != draft)
+        total[draft] += p[draft] * share[draft]
+        total += p[draft] * (1 - share[draft]) * emitted(others, residual[draft], n_siblings - 1, p_left[draft])
+    return total
+
+
+@pytest.mark.parametrize("n_siblings", [1, 2, 3])
+def test_recursive_rejection_makes_exactly_the_target_distribution(n_siblings):
+    for seed in range(2):
+        p, q = random_probs(2, 4, seed=seed)
+        torch.testing.assert_close(emitted(p, q, n_siblings), q)
+
+
+def unchanged_q(draft, p, q, u):
+    accepted, _, p_left = reject(draft, p, q, u)
+    return accepted, q.probs, p_left
+
+
+def unchanged_p(draft, p, q, u):
+    accepted, residual, _ = reject(draft, p, q, u)
+    return accepted, residual, p
+
+
+@pytest.mark.parametrize(("rule", "n_siblings"), [(unchanged_q, 1), (unchanged_q, 2), (unchanged_p, 2)])
+def test_siblings_that_leave_p_or_q_unchanged_are_caught(rule, n_siblings, monkeypatch):
+    p, q = random_probs(2, 4, seed=0)
+    monkeypatch.setattr(minipass.trees, "reject", rule)
+    assert (emitted(p, q, n_siblings) - q).abs().max() > 1e-3
+
+
+# Whole trees: what one pass emits, against the enumerated distribution of texts.
+
+SMALL = DraftTree((0, 0, 1, 1, 2))  # two deep, and both first drafts have children
+
+
+def pass_p_value(rule: str, judged=lambda p: p, change=lambda nodes: nodes, n_texts: int = 12_000) -> float:
+    """Chi-square of texts of 3 tokens from 3, begun by one pass and completed by draws from the target.
+
+    p and q depend on the tokens before, so a node's children must be judged by its own.
+    """
+    v, keys, text_of = 3, keys_of(SMALL, n_texts), torch.arange(n_texts)
+    q_after, p_after = (0.9 * random_probs(v, v, v, v, seed=seed) + 0.1 / v for seed in (3, 4))  # q_after[n, a, b]
+
+    def after(table: torch.Tensor, text: list[torch.Tensor]) -> torch.Tensor:
+        """(B, V), after at most two tokens (B,) each."""
+        a, b = [*text, torch.zeros_like(text_of), torch.zeros_like(text_of)][:2]
+        return table[len(text), a, b]
+
+    texts, p, stream = [[]], [], TARGET if rule == COUPLED else DRAFT
+    for node in range(len(SMALL.depth)):  # parents come first
+        if node:
+            parent, rank = SMALL.parents[node - 1], SMALL.rank[node - 1]
+            texts.append([*texts[parent], DRAWN.draw(whole(p[parent]), keys[stream, :, parent], 2)[:, rank]])
+        p.append(after(p_after, texts[node]))
+    q = torch.stack([after(q_after, text) for text in texts], dim=1)
+    tokens = torch.stack([text[-1] for text in texts[1:]], dim=1)
+    drafts = Drafts(tokens, None if rule == COUPLED else judged(torch.stack(p, dim=1)))
+    last, next_token = accept(change(Shape(SMALL).on(CPU)), drafts, whole(q), DRAWN, keys)
+
+    n_drafts, generator, samples = torch.tensor(SMALL.depth)[last], torch.Generator().manual_seed(0), []
+    paths = [torch.stack([*text, text_of, text_of, text_of][:3], dim=1) for text in texts]  # filled up, for no use
+    path = torch.stack(paths, dim=1)[text_of, last]
+    for i in range(3):
+        completed = torch.multinomial(after(q_after, samples), 1, generator=generator)[:, 0]
+        samples.append(torch.where(i < n_drafts, path[:, i], torch.where(i == n_drafts, next_token, completed)))
+    expected = {}
+    for a, b, c in itertools.product(range(v), repeat=3):
+        expected[a, b, c] = (q_after[0, 0, 0, a] * q_after[1, a, 0, b] * q_after[2, a, b, c]).item()
+    return chi_square_p_value(list(zip(*(each.tolist() for each in samples), strict=True)), expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_pass_emits_exactly_the_enumerated_distribution_when_each_parent_has_its_own_p(rule):
+    assert pass_p_value(rule) > 1e-3
+
+
+def test_the_p_of_a_parents_sibling_makes_another_distribution():
+    assert pass_p_value(REJECTION, judged=lambda p: p[:, [0, 2, 1, 3, 4, 5]]) < 1e-6
+
+
+@pytest.mark.parametrize("bug", BAD_NODES)
+def test_a_tree_that_is_walked_down_wrongly_makes_another_distribution(bug):
+    assert pass_p_value(REJECTION, change=BAD_NODES[bug]) < 1e-6
 
 
 # Whole texts.
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.8, "top_k": 3}, {"temperature": 1.0}], ids=str)
+def texts_p_value(model, rule: str, n_new: int = 3, drafts: DraftTree = TREE, **sampling) -> float:
+    """Chi-square of N_SAMPLES texts, drawn with a tree, against their enumerated distribution."""
+    sampling = sampling or {"temperature": 1.0}
+    engine = Engine(model, Fused(drafts, rule), Sampling(**sampling))
+    samples = [tuple(text) for text in engine.generate([[1, 2, 3]] * N_SAMPLES, n_new).tokens]
+    return chi_square_p_value(samples, sequence_probabilities(model, [1, 2, 3], n_new, **sampling))
+
+
+@pytest.mark.parametrize(
+    ("drafts", "sampling"), [(TREE, {"temperature": 1.0}), (SPARSE, {"temperature": 0.8, "top_k": 3})], ids=str
+)
 @pytest.mark.parametrize("rule", RULES)
-def test_texts_have_exactly_the_enumerated_distribution(rule, sampling, tiny):
-    assert tree_p_value(tiny, rule, **sampling) > 1e-3
+def test_texts_have_exactly_the_enumerated_distribution(rule, drafts, sampling, tiny):
+    assert texts_p_value(tiny, rule, 5, drafts, **sampling) > 1e-3
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_enumeration_sees_every_node_of_the_tree_kept_and_left(rule, tiny):
-    settings = {"method": "pass-tree", "tree": TREE, "rule": rule, "temperature": 1.0}
-    records = stream(tiny, [[1, 2, 3]] * 2000, 6, **settings, generator=torch.Generator().manual_seed(0))
-    kept = [record.kept for record in records if record.tree == TREE]
-    share = torch.cat(kept).double().mean(0)
+def test_the_enumeration_sees_every_node_of_the_tree_accepted_and_not(rule, tiny):
+    turns = Engine(tiny, Fused(TREE, rule), DRAWN).stream([[1, 2, 3]] * 2000, 5)
+    nodes = Shape(TREE).on(CPU)
+    accepted = [~nodes.elsewhere[turn.result.last] for turn in turns if turn.shape.tree == TREE]
+    share = torch.cat(accepted).double().mean(0)
     assert (share[1:] > 0.002).all()
     assert (share[1:] < 0.9).all()
 
 
-# Planted bugs that the enumeration must catch.
+@pytest.mark.parametrize("rule", [unchanged_p, unchanged_q])
+def test_texts_show_that_p_or_q_was_left_unchanged_after_a_rejection(rule, tiny, monkeypatch):
+    monkeypatch.setattr(minipass.trees, "reject", rule)
+    assert texts_p_value(tiny, REJECTION) < 1e-6
 
 
-def test_p_not_updated_after_a_rejection_is_caught(tiny, monkeypatch):
-    class Unscattered(torch.Tensor):
-        """A distribution that forgets which tokens were rejected."""
+def test_siblings_that_are_not_tested_in_the_order_they_were_drawn_are_caught(tiny, monkeypatch):
+    draw = Sampling.draw
 
-        def scatter(self, *_):
-            return self
+    def flipped(sampling, given, key, n=None):
+        drawn = draw(sampling, given, key, n)
+        return drawn if n is None else drawn.flip(-1)
 
-    original = minipass.sampling._recursive_rejection
-
-    def broken(drafts, tokens, draft_probs, target_probs, generator):
-        return original(drafts, tokens, draft_probs.as_subclass(Unscattered), target_probs, generator)
-
-    monkeypatch.setattr(minipass.sampling, "_recursive_rejection", broken)
-    assert tree_p_value(tiny, "recursive") < 1e-6
+    monkeypatch.setattr(Sampling, "draw", flipped)
+    assert texts_p_value(tiny, REJECTION) < 1e-6
 
 
-def test_residual_not_updated_after_a_rejection_is_caught(tiny, monkeypatch):
-    original = minipass.sampling._recursive_rejection
-
-    def broken(drafts, tokens, draft_probs, target_probs, generator):
-        return original(drafts, tokens, draft_probs, target_probs, generator)[0], target_probs
-
-    monkeypatch.setattr(minipass.sampling, "_recursive_rejection", broken)
-    assert tree_p_value(tiny, "recursive") < 1e-6
-
-
-def siblings_see_each_other(drafts, n_lookahead, device):
-    layout = fused_layout(drafts, n_lookahead, device)
-    visible, n_rows = layout.visible.clone(), len(drafts.depth)
+def siblings_see_each_other(shape: Shape, device: torch.device, on=Shape.on):
+    nodes, n_rows = on(shape, device), len(shape.tree.depth)
+    visible = nodes.layout.visible.clone()
     visible[:, :n_rows, :n_rows] = torch.ones(n_rows, n_rows).tril().bool()
-    return Layout(visible, layout.depth)
+    return nodes._replace(layout=Layout(visible, nodes.layout.depth, nodes.layout.lookahead))
 
 
 @pytest.mark.parametrize("bug", ["siblings see each other", "the first rows stay in the cache"])
-@pytest.mark.parametrize("rule", RULES)
-def test_greedy_equality_catches_a_wrong_mask_and_a_wrong_gather(rule, bug, lively_model, monkeypatch):
-    settings = {"method": "pass-tree", "tree": TREE, "rule": rule}
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_k=6)], ids=["greedy", "drawn"])
+def test_equality_with_plain_decoding_catches_a_wrong_mask_and_a_wrong_gather(sampling, bug, lively_model, monkeypatch):
     prompts = [[token, 3, 8] for token in range(11)]
-    plain = generate(lively_model, prompts, 30, method="autoregressive").tokens
-    assert generate(lively_model, prompts, 30, **settings).tokens == plain
+    plain = Engine(lively_model, Plain(), sampling).generate(prompts, 30).tokens
+    engine = Engine(lively_model, Fused(TREE), sampling)
+    assert engine.generate(prompts, 30).tokens == plain
     if bug.startswith("siblings"):
-        monkeypatch.setattr(minipass.rounds, "fused_layout", siblings_see_each_other)
+        monkeypatch.setattr(Shape, "on", siblings_see_each_other)
     else:
         monkeypatch.setattr(KVCache, "gather", lambda cache, rows: None)
-    assert generate(lively_model, prompts, 30, **settings).tokens != plain
-
-
-def test_candidates_that_are_not_tested_in_the_order_they_were_drawn_are_caught(tiny, monkeypatch):
-    monkeypatch.setattr(minipass.decoder, "draw_candidates", lambda *args: draw_candidates(*args).flip(-1))
-    assert tree_p_value(tiny, "recursive") < 1e-6
-
-
-# A tree of width 1 is the chain.
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_on_a_chain_tree_accept_is_speculative_accept_bit_for_bit(dtype):
-    generator = torch.Generator().manual_seed(0)
-    for n in range(1, 5):
-        p = torch.rand(500, n, 7, generator=generator, dtype=dtype).pow(4).softmax(-1)
-        q = torch.rand(500, n + 1, 7, generator=generator, dtype=dtype).pow(4).softmax(-1)
-        drafts = draw(p, generator)
-        one = speculative_accept(drafts, p, q, torch.Generator().manual_seed(n))
-        kept, next_token = tree_accept(chain(n), drafts, p, q, torch.Generator().manual_seed(n))
-        assert torch.equal(one[0], kept.sum(1) - 1)
-        assert torch.equal(one[1], next_token)
-
-
-@pytest.mark.parametrize(
-    "sampling", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 4}], ids=str
-)
-def test_pass_tree_with_a_chain_is_pass_bit_for_bit(sampling, lively_model):
-    prompts, settings = [[1, 2, 3], [4], [7, 8, 9, 1]], {"lookahead": 3, **sampling}
-    records = [
-        list(stream(lively_model, prompts, 30, generator=torch.Generator().manual_seed(1), **settings, **way))
-        for way in ({"method": "pass"}, {"method": "pass-tree", "tree": chain(3), "rule": "recursive"})
-    ]
-    for one, other in zip(*records, strict=True):
-        assert (one.tokens, one.origins, one.n_accepted) == (other.tokens, other.origins, other.n_accepted)
-        if one.drafts is not None:
-            assert torch.equal(one.target_probs, other.target_probs)
-
-
-# What a round records.
+    assert engine.generate(prompts, 30).tokens != plain
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_records_of_a_tree_tell_which_path_was_kept(rule, lively_model):
-    seen = set()
-    settings = {"method": "pass-tree", "tree": TREE, "rule": rule, "temperature": 1.0, "stop_token": 3}
-    records = stream(lively_model, [[1, 2, 3], [4]], 30, **settings, generator=torch.Generator().manual_seed(4))
-    for record in records:
+@pytest.mark.parametrize("sampling", [Sampling(), DRAWN, Sampling(0.8, top_k=4)], ids=str)
+def test_a_tree_that_is_a_chain_is_the_chain_bit_for_bit(sampling, rule, lively_model):
+    streams = [
+        Engine(lively_model, Fused(drafts, rule), sampling).stream([[1, 2, 3], [4], [7, 8, 9, 1]], 30, seed=1)
+        for drafts in (3, DraftTree((0, 1, 2)))
+    ]
+    for one, other in zip(*streams, strict=True):
+        assert (one.tokens, one.origins, one.n_accepted) == (other.tokens, other.origins, other.n_accepted)
+        assert torch.equal(one.result.drafts.tokens, other.result.drafts.tokens)
+        assert torch.equal(one.result.q.probs, other.result.q.probs)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
+def test_incomplete_groups_change_the_passes_not_the_text(sampling, rule, lively_model):
+    prompts = [[token, 3, 8] for token in range(11)] + [[1] * 37]
+    plain = Engine(lively_model, Plain(), sampling).generate(prompts, 30)
+    sparse, complete = (
+        Engine(lively_model, Fused(drafts, rule), sampling).generate(prompts, 30) for drafts in (SPARSE, TREE)
+    )
+    if rule == COUPLED or sampling == Sampling():
+        assert sparse.tokens == plain.tokens
+        assert sparse.prompt_passes > complete.prompt_passes
+    assert all(len(text) == 30 for text in sparse.tokens)
+
+
+# What a turn records.
+
+
+def way_to(drafts: DraftTree, node: int) -> list[int]:
+    """The drafts on the way to a node, itself included, by a walk up."""
+    return [*way_to(drafts, drafts.parents[node - 1]), node] if node else []
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_turns_of_a_tree_tell_which_path_was_accepted(rule, lively_model):
+    engine, seen = Engine(lively_model, Fused(TREE, rule), DRAWN), set()
+    for turn in engine.stream([[1, 2, 3], [4]], 30, seed=4, stop_token=3):
         for b in range(2):
-            if record.drafts is None or not record.active[b]:
+            if not turn.active[b] or not turn.shape.tree.parents:
                 continue
-            nodes = record.kept[b].nonzero().flatten().tolist()
-            assert nodes[0] == 0
-            assert all(record.tree.parents[node - 1] == before for before, node in itertools.pairwise(nodes))
-            kept = [
-                token for token, origin in zip(record.tokens[b], record.origins[b], strict=True) if origin == ACCEPTED
-            ]
-            assert kept == record.drafts[b][[node - 1 for node in nodes[1:]]].tolist()[: len(kept)]
-            if record.origins[b][-1] in (BONUS, CORRECTED):
-                children = [
-                    node for node in range(1, len(record.tree.depth)) if record.tree.parents[node - 1] == nodes[-1]
-                ]
-                assert (record.origins[b][-1] == BONUS) == (not children)
-                assert (
-                    record.tokens[b][-1] not in record.drafts[b][[child - 1 for child in children]]
-                    or rule == "recursive"
-                )
-            seen |= set(record.origins[b])
+            drafts, tokens = turn.shape.tree, turn.result.drafts.tokens[turn.rows[b]].tolist()
+            assert turn.last[b] == turn.result.last[turn.rows[b]]
+            way = way_to(drafts, turn.last[b])
+            accepted = [t for t, origin in zip(turn.tokens[b], turn.origins[b], strict=True) if origin == ACCEPTED]
+            assert accepted == [tokens[node - 1] for node in way][: len(accepted)]
+            if turn.origins[b][-1] in (BONUS, CORRECTED):
+                assert len(accepted) == len(way)
+                children = [node for node, parent in enumerate(drafts.parents, 1) if parent == turn.last[b]]
+                assert (turn.origins[b][-1] == BONUS) == (not children)
+                assert turn.tokens[b][-1] not in [tokens[child - 1] for child in children] or rule == REJECTION
+            seen |= set(turn.origins[b])
     assert seen >= {ACCEPTED, BONUS, CORRECTED}
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("rule", RULES)
-def test_recorded_distributions_are_what_the_model_says_behind_each_node(rule, lively_model):
-    """Exactness holds for any p, so only this test sees drafts that come from the wrong look-ahead rows."""
-    texts, sampling, n_compared = [[1, 2, 3], [4]], {"temperature": 0.9, "top_k": 6}, 0
-    settings = {"method": "pass-tree", "tree": TREE, "rule": rule, **sampling}
-    records = stream(lively_model, [list(t) for t in texts], 30, **settings, generator=torch.Generator().manual_seed(2))
-    for record in records:
+def test_recorded_distributions_are_what_the_model_says_after_each_node(rule, lively_model):
+    """Texts are exact for any drafts, so only this test sees drafts that come from the wrong look-ahead rows."""
+    texts, sampling, n_compared = [[1, 2, 3], [4]], Sampling(0.9, top_k=6), 0
+    for turn in Engine(lively_model, Fused(TREE, rule), sampling).stream([list(text) for text in texts], 30, seed=2):
+        drafts, result = turn.shape.tree, turn.result
+        depth = drafts.depth[-1]
         for b, text in enumerate(texts):
-            if record.drafts is not None and record.active[b]:
-                depth = record.tree.depth[-1]
-                rows = text[:-1] + [11, 12, 13][:depth]  # look-ahead rows stood behind the token before the root
-                p = probabilities(lively_model(torch.tensor([rows]))[0, len(rows) - depth :], **sampling)
-                torch.testing.assert_close(record.draft_probs[b], p)
-                for node in range(len(record.tree.depth)):
-                    path, at = [], node
-                    while at:
-                        path.insert(0, record.drafts[b, at - 1].item())
-                        at = record.tree.parents[at - 1]
-                    q = probabilities(lively_model(torch.tensor([text + path]))[0, -1], **sampling)
-                    torch.testing.assert_close(record.target_probs[b, node], q)
+            if depth and turn.active[b]:
+                row = turn.rows[b]
+                # The look-ahead rows came after the token before the root.
+                p = sampling.distribution(slow_logits(lively_model, [text[:-1]], depth)[0, -depth:], drafts.width)
+                if rule == REJECTION:
+                    for node, d in enumerate(drafts.depth):
+                        expected = p.dense(11)[d] if d < depth else torch.zeros(11).double()
+                        torch.testing.assert_close(result.drafts.p[row, node], expected)
+                stream = stream_keys(torch.tensor([2 + b]))[TARGET if rule == COUPLED else DRAFT]
+                ranked = sampling.draw(p, mix(stream + len(text) + torch.arange(depth))[0], drafts.width)  # (D, width)
+                expected = [ranked[d - 1, rank] for d, rank in zip(drafts.depth[1:], drafts.rank, strict=True)]
+                assert result.drafts.tokens[row].tolist() == expected
+                for node in range(len(drafts.depth)):
+                    path = [result.drafts.tokens[row, each - 1].item() for each in way_to(drafts, node)]
+                    q = sampling.distribution(slow_logits(lively_model, [text + path])[0, -1])
+                    torch.testing.assert_close(result.q.dense(11)[row, node], q.dense(11))
                 n_compared += 1
-            text += record.tokens[b]
+            text += turn.tokens[b]
     assert n_compared > 10
 
 
-# Groups that are not complete.
-
-SPARSE = DraftTree(TREE.parents, groups=(3, 1, 2, 0, 0, 1, 0, 0))
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_incomplete_groups_change_the_passes_not_the_text(rule, lively_model):
-    prompts = [[token, 3, 8] for token in range(11)] + [[1] * 37]
-    settings = {"method": "pass-tree", "rule": rule}
-    plain = generate(lively_model, prompts, 30, method="autoregressive")
-    sparse = generate(lively_model, prompts, 30, tree=SPARSE, **settings)
-    assert sparse.tokens == plain.tokens
-    assert sparse.passes >= generate(lively_model, prompts, 30, tree=TREE, **settings).passes
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_texts_from_incomplete_groups_have_exactly_the_enumerated_distribution(rule, tiny):
-    assert tree_p_value(tiny, rule, tree=SPARSE) > 1e-3
-
-
-def test_a_group_that_is_not_there_is_stood_in_for_by_rows_that_are():
-    rows = group_rows(DraftTree((0, 1), groups=(3, 1, 0)), 3, CPU)
-    assert rows.tolist() == [[3, 4, 5], [6, 6, 6], [3, 4, 5]]  # real rows 0..2, then the groups
-    complete = group_rows(chain(2), 2, CPU)
-    assert complete.tolist() == [[3, 4], [5, 6], [7, 8]]
-
-
-@pytest.mark.parametrize("groups", [(1,), (0, 1, 1)])
-def test_groups_that_do_not_fit_the_nodes_are_refused(groups):
-    with pytest.raises(ValueError, match="groups"):
-        DraftTree((0, 0), groups)
-
-
-# The shape of a tree.
+# The shape of a tree and of a pass.
 
 
 def test_a_tree_knows_depths_ranks_and_width_and_can_be_cut():
@@ -295,45 +534,80 @@ def test_a_tree_knows_depths_ranks_and_width_and_can_be_cut():
     assert TREE.rank == (0, 1, 2, 0, 1, 0, 0)
     assert TREE.width == 3
     assert TREE.cut(2) == DraftTree((0, 0, 0, 1, 1, 2))
-    assert TREE.cut(0) == chain(0)
+    assert TREE.cut(0) == chain(0) == DraftTree()
     assert TREE.cut(9) == TREE
-    assert (chain(3).width, chain(3).depth) == (1, (0, 1, 2, 3))
+    assert SPARSE.cut(1) == DraftTree((0, 0, 0), groups=(3, 1, 2, 0))
+    assert (chain(3).width, chain(3).depth, chain(0).width) == (1, (0, 1, 2, 3), 1)
 
 
-@pytest.mark.parametrize("parents", [(1,), (0, 2), (-1,), (0, 1, 0)])
-def test_nodes_out_of_order_are_refused(parents):
-    with pytest.raises(ValueError, match="node"):
+def test_parents_and_groups_may_be_lists_or_arrays():
+    for parents in ([0, 0, 1], range(3), torch.tensor([0, 1]).numpy()):
+        assert DraftTree(parents) == DraftTree(tuple(int(parent) for parent in parents))
+    assert hash(DraftTree([0, 0], [2, 1, 1])) == hash(DraftTree((0, 0), (2, 1, 1)))
+
+
+@pytest.mark.parametrize("parents", [(1,), (0, 2), (-1,)])
+def test_a_parent_that_is_no_node_before_is_refused(parents):
+    with pytest.raises(InputError, match="each node's parent must be a node before it, not as in"):
         DraftTree(parents)
 
 
-def test_rows_of_a_fused_tree_see_their_own_path_alone():
-    drafts = DraftTree((0, 0, 1))
-    layout = fused_layout(drafts, 2, CPU)
-    seen = [row.nonzero().flatten().tolist() for row in layout.visible[0]]
-    assert seen[:4] == [[0], [0, 1], [0, 2], [0, 1, 3]]
-    assert seen[4:] == [
-        [0, 4],
-        [0, 4, 5],
-        [0, 1, 6],
-        [0, 1, 6, 7],
-        [0, 2, 8],
-        [0, 2, 8, 9],
-        [0, 1, 3, 10],
-        [0, 1, 3, 10, 11],
-    ]
-    assert layout.depth[0].tolist() == [0, 1, 1, 2, 1, 2, 2, 3, 2, 3, 3, 4]
+def test_nodes_out_of_order_are_refused():
+    with pytest.raises(InputError, match="must be ordered by depth, not as in"):
+        DraftTree((0, 1, 0))
 
 
-def test_gather_puts_the_kept_rows_behind_what_each_text_has():
-    cache = KVCache(random_model(0).config, batch_size=2, max_len=10)
-    cache.keys += torch.arange(10.0)[:, None]
-    cache.values -= torch.arange(10.0)[:, None]
-    cache.length = torch.tensor([2, 4])
-    cache.gather(torch.tensor([[0, 3, 5], [2, 1, 0]]))
-    assert cache.keys[0, :, 0, :, 0].tolist() == [[0, 1, 2, 5, 7, 5, 6, 7, 8, 9], [0, 1, 2, 3, 6, 5, 4, 7, 8, 9]]
-    assert torch.equal(cache.values, -cache.keys)
-    assert cache.length.tolist() == [2, 4]
+@pytest.mark.parametrize("groups", [(1,), (0, 1, 1), (1, 1, 1, 1)])
+def test_groups_that_do_not_fit_the_nodes_are_refused(groups):
+    with pytest.raises(InputError, match="groups must give the look-ahead tokens after each node, at least 1"):
+        DraftTree((0, 0), groups)
 
 
-def test_ancestors_of_a_draft_tree_are_those_of_the_mask_builder():
-    assert ancestors(TREE, CPU)[7].nonzero().flatten().tolist() == [0, 1, 4, 7]
+@pytest.mark.parametrize("length", [-1, 1.5, 10**6])
+def test_a_chain_of_impossible_length_is_refused(length):
+    with pytest.raises(InputError, match="the number of drafts must be a whole number in 0.."):
+        chain(length)
+
+
+def test_a_shape_is_cut_to_what_is_of_use():
+    """With `room` tokens wanted the last is never a draft, and of the next pass neither."""
+    shape = Shape(TREE, 3)
+    for room in range(1, 8):
+        cut = shape.cut(room)
+        assert cut.tree == TREE.cut(room - 1)
+        assert cut.tree.depth[-1] == min(3, room - 1)
+        assert cut.n_lookahead == max(0, min(3, room - 2))
+    assert shape.cut(5) == shape
+    assert Shape(SPARSE, 3).cut(2) == Shape(DraftTree((0, 0, 0), (3, 1, 2, 0)), 0)
+
+
+def test_rows_are_the_nodes_and_the_groups():
+    assert [Shape().n_rows, Shape(n_lookahead=4).n_rows, Shape(chain(3)).n_rows] == [1, 5, 4]
+    assert [Shape(TREE, 3).n_rows, Shape(SPARSE, 3).n_rows, Shape(SPARSE, 1).n_rows] == [32, 15, 12]
+    for shape in (Shape(), Shape(n_lookahead=4), Shape(TREE, 3), Shape(SPARSE, 3), Shape(SPARSE, 1)):
+        assert shape.on(CPU).layout.visible.shape[1] == shape.n_rows
+
+
+def test_the_numbers_of_a_shape_are_those_of_a_walk():
+    generator = torch.Generator().manual_seed(1)
+    for drafts in (TREE, chain(0), chain(3), *(random_tree(generator) for _ in range(20))):
+        nodes, n_nodes, deepest = Shape(drafts, 2).on(CPU), len(drafts.depth), drafts.depth[-1]
+        assert nodes.depth.tolist() == [len(way_to(drafts, node)) for node in range(n_nodes)]
+        assert nodes.number.tolist() == list(range(n_nodes))
+        assert nodes.parents.tolist() == list(drafts.parents)
+        for node in range(n_nodes):
+            way = [0, *way_to(drafts, node)]
+            assert (~nodes.elsewhere[node]).nonzero()[:, 0].tolist() == way
+            assert nodes.path[node].tolist() == (way + [node] * deepest)[: 1 + deepest]
+        for rank, siblings in enumerate(nodes.by_rank):
+            assert all(drafts.parents[: node - 1].count(drafts.parents[node - 1]) == rank for node in siblings.tolist())
+        assert sorted(torch.cat(nodes.by_rank).tolist()) == list(range(1, n_nodes))
+
+
+def test_rows_take_the_place_of_look_ahead_rows_that_are_not_there():
+    rows = Shape(DraftTree((0, 1), groups=(3, 1, 0)), 3).on(CPU).group_rows
+    assert rows.tolist() == [[3, 4, 5], [6, 6, 6], [3, 4, 5]]  # real rows 0..2, then the groups
+    assert Shape(chain(2), 2).on(CPU).group_rows.tolist() == [[3, 4], [5, 6], [7, 8]]
+    assert Shape(chain(2)).on(CPU).group_rows.shape == (3, 0)
+    cut = Shape(SPARSE, 3).cut(4)  # groups (3, 1, 2, 0, 0, 1, 0, 0), of which 2 are of use
+    assert cut.on(CPU).group_rows.tolist()[:4] == [[8, 9], [10, 10], [11, 12], [8, 9]]

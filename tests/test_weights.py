@@ -179,8 +179,8 @@ def test_the_state_for_going_on_comes_back(tmp_path, small, encoding):
     weights.save(tmp_path / "last.pt", small, encoding, {}, training=training)
     loaded = weights.load(tmp_path / "last.pt").training
     assert loaded["step"] == 3
-    moment = optimizer.state_dict()["state"][0]["exp_avg"]
-    assert torch.equal(loaded["optimizers"][0]["state"][0]["exp_avg"], moment)
+    moment = optimizer.state_dict()["state"][1]["exp_avg"]
+    assert torch.equal(loaded["optimizers"][0]["state"][1]["exp_avg"], moment)
 
 
 def test_a_torch_file_of_something_else_is_refused(tmp_path):

@@ -15,7 +15,8 @@ from matplotlib.patches import Patch, Rectangle
 
 from minipass.cli import run_script
 from minipass.files import atomic_write
-from minipass.layout import Layout, chain, draft_layout, fused_layout, path, path_layout, with_groups
+from minipass.layout import Layout, path, with_groups
+from minipass.trees import Shape, chain
 
 REAL, LOOKAHEAD, CACHE = "#0072B2", "#E69F00", "#8C8C8C"  # told apart by colour-blind eyes, and by the dots and hatches
 CPU = torch.device("cpu")
@@ -25,8 +26,8 @@ CPU = torch.device("cpu")
 class Panel:
     """One mask: its layout, the names of its rows, how many of them are real, and the length of a look-ahead group.
 
-    start: position of the first row behind a cache that all rows see, counted from n, the number of real tokens when
-    the round begins (root included); None without a cache.
+    start: position of the first row after a cache that all rows see, counted from n, the number of real tokens when
+    the turn begins (root included); None without a cache.
     """
 
     title: str
@@ -41,7 +42,7 @@ class Panel:
         return self.start is not None
 
     def positions(self) -> list[str]:
-        """Where each row stands, in words."""
+        """The position of each row, in words."""
         depths = self.layout.depth[0].tolist()
         if self.start is None:
             return [str(depth) for depth in depths]
@@ -49,28 +50,28 @@ class Panel:
 
 
 def two_pass(n_lookahead: int = 3) -> list[Panel]:
-    """The draft pass and the verify pass of a two-pass round (PaSS, Algorithm 1)."""
+    """The draft pass and the verify pass of two-pass decoding (PaSS, Algorithm 1)."""
     draft = ["root", *(f"LA{i}" for i in range(1, n_lookahead + 1))]
     verify = ["x", *(f"d{i}" for i in range(1, n_lookahead + 1))]
     return [
-        Panel("draft pass", draft_layout(n_lookahead, CPU), draft, 1, n_lookahead, start=-1),
-        Panel("verify pass", path_layout(1 + n_lookahead, CPU), verify, 1 + n_lookahead, n_lookahead, start=0),
+        Panel("draft pass", Shape(n_lookahead=n_lookahead).on(CPU).layout, draft, 1, n_lookahead, start=-1),
+        Panel("verify pass", Shape(chain(n_lookahead)).on(CPU).layout, verify, 1 + n_lookahead, n_lookahead, start=0),
     ]
 
 
 def fused(n_lookahead: int = 3) -> list[Panel]:
-    """A fused round; row (j, i) is LA_i of the group behind "j drafts were kept"."""
+    """A fused pass; row (j, i) is LA_i of the group after draft j, for when j drafts are accepted."""
     steps = range(1, n_lookahead + 1)
     names = ["root", *(f"d{i}" for i in steps), *(f"({j},{i})" for j in range(n_lookahead + 1) for i in steps)]
-    layout = fused_layout(chain(n_lookahead), n_lookahead, CPU)
+    layout = Shape(chain(n_lookahead), n_lookahead).on(CPU).layout
     return [Panel("fused pass", layout, names, 1 + n_lookahead, n_lookahead, start=-1)]
 
 
 def training(n_text: int = 9, cuts: tuple[int, ...] = (1, 3, 5), n_lookahead: int = 3) -> list[Panel]:
-    """A training sequence: text t0.., and for each cut c the look-ahead rows (c, 1).. behind token tc."""
+    """A training sequence: text t0.., and for each cut c the look-ahead rows (c, 1).. after token tc."""
     names = [f"t{i}" for i in range(n_text)] + [f"({c},{i})" for c in cuts for i in range(1, n_lookahead + 1)]
-    layout = with_groups(path(n_text), np.array(cuts), n_lookahead)
-    title = f"training sequence, cuts behind {', '.join(f't{c}' for c in cuts)}"
+    layout = with_groups(path(n_text), cuts, n_lookahead)
+    title = f"training sequence, cuts after {', '.join(f't{c}' for c in cuts)}"
     return [Panel(title, layout, names, n_text, n_lookahead, start=None)]
 
 

@@ -1,7 +1,7 @@
-"""A generation as a web page: the text coloured by where each token came from, and every round to open and look into.
+"""A generation as a web page: the text coloured by where each token came from, and every turn to open and look into.
 
 The page is one file that needs nothing else: it opens from disk, and its policy line forbids the browser to fetch
-anything. A Trace takes rounds as they come and keeps only the numbers that the page shows, not the distributions.
+anything. A Trace takes turns as they come and keeps only the numbers that the page shows, not the distributions.
 """
 
 from dataclasses import dataclass, replace
@@ -9,57 +9,73 @@ from html import escape
 from pathlib import Path
 
 import tiktoken
+import torch
 
 from minipass.files import atomic_write
-from minipass.generate import ACCEPTED, BONUS, CORRECTED, FREE, Generation, Round
+from minipass.sampling import Distribution, reject
+from minipass.texts import ACCEPTED, BONUS, CORRECTED, SAMPLED, Generation, Turn
+from minipass.trees import Shape
 
-N_RESIDUAL = 5  # tokens of a residual that are shown, besides the one drawn
+N_LIKELIEST = 5  # tokens of a distribution that are shown, besides the one drawn
 N_POINTS = 240  # of the curve, at most: more than a screen shows
 VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
 MEANING = {
-    FREE: "drawn from the target itself, no draft tested",
-    ACCEPTED: "a draft that was kept",
-    CORRECTED: "drawn from the residual after a rejection",
-    BONUS: "all drafts kept: one more from the last target",
+    SAMPLED: "drawn from the target, no draft tested",
+    ACCEPTED: "a draft that was accepted",
+    CORRECTED: "drawn after a draft was rejected",
+    BONUS: "all drafts on the way accepted: one more from the target",
 }
+REJECTED = "rejected"
+NOT_REACHED, TEXT_ENDED = UNTESTED = "not reached", "text ended"
+WORDS = ("token", "target drew", "outcome")  # columns of a table
 
 
 @dataclass(frozen=True)
 class SeenDraft:
-    """One draft as it was tested: its token and what the draft distribution p and the target q gave it.
+    """One draft as it was tested: its token, what the target distribution q gave it, and what became of it.
 
     place: which draft in a row it is, and in a tree its rank among those for that place.
+    p: by the rejection rule, what the draft distribution gave it; in a tree p and q are what the siblings tested before
+    it left of them. drawn: by the coupled rule, the token that the target drew there, None where the text did not get.
     """
 
     place: str
     token: int
-    p: float
     q: float
+    outcome: str
+    p: float | None = None
+    drawn: int | None = None
 
     @property
     def accept(self) -> float:
-        """The probability that it is kept, min(1, q / p)."""
-        return min(1.0, self.q / self.p) if self.p > 0 else float(self.q > 0)
+        """By the rejection rule, the probability that it is accepted, min(1, q / p); 0 for what p never gives."""
+        return min(1.0, self.q / self.p) if self.p else 0.0
 
 
 @dataclass(frozen=True)
-class SeenRound:
-    """What the page needs of one round.
+class SeenTurn:
+    """What the page needs of one turn.
 
-    residual: after a rejection the likeliest tokens of max(0, q - p), with the one drawn: (token, q, p, normalised).
-    rejection: the sum of max(0, q - p), which is the chance that a draft at that place is rejected.
+    source: the likeliest tokens of the distribution that gave the last token, with the one drawn: (token, q), or, where
+    that is a residual, (token, q, p, residual). rejection: of a residual the sum of max(0, q - p), the probability that
+    a draft drawn from p is rejected.
     """
 
     tokens: list[int]
     origins: list[str]
+    shape: Shape
+    n_draft_passes: int
     drafts: list[SeenDraft]
     n_accepted: int
-    n_tested: int
-    residual: list[tuple[int, float, float, float]]
-    rejection: float
+    source: list[tuple]
+    rejection: float | None
     total_tokens: int
     total_passes: int
-    path: list[str] | None = None  # of a tree: the places that were kept
+
+    @property
+    def by_rejection(self) -> bool:
+        """Whether drafts were tested by the rejection rule."""
+        return any(draft.p is not None for draft in self.drafts)
 
     @property
     def tokens_per_pass(self) -> float:
@@ -67,52 +83,34 @@ class SeenRound:
 
 
 class Trace:
-    """Collects the rounds of one prompt of a generation, then writes them as a page."""
+    """Collects the turns of one prompt of a generation, then writes them as a page."""
 
     def __init__(self, encoding: tiktoken.Encoding, prompt: bytes, settings: dict[str, object], index: int = 0):
         """prompt: its bytes, which need not be UTF-8; settings: named facts to show; index: which prompt of a batch."""
         self.encoding, self.prompt, self.settings, self.index = encoding, prompt, settings, index
         self.result = Generation()
-        self.rounds: list[SeenRound] = []
+        self.turns: list[SeenTurn] = []
 
-    def add(self, record: Round) -> None:
-        """Takes one round; its tensors are not kept."""
+    def add(self, turn: Turn) -> None:
+        """Takes one turn; its tensors are not kept."""
         b = self.index
-        if not record.active[b]:
+        if not turn.active[b]:
             return
         names = ("tokens", "origins", "n_tested", "n_accepted", "active")
-        self.result.add(replace(record, **{name: [getattr(record, name)[b]] for name in names}))
-        tokens, n_accepted = record.tokens[b], record.n_accepted[b]
-        drafts, residual, rejection = [], [], 0.0
-        path = None
-        if record.kept is not None:
-            drafts, path = seen_tree(record, b)
-        elif record.drafts is not None:
-            ids = record.drafts[b]
-            p = record.draft_probs[b].gather(1, ids[:, None]).squeeze(1)
-            q = record.target_probs[b, : len(ids)].gather(1, ids[:, None]).squeeze(1)
-            places = [str(i) for i in range(1, 1 + len(ids))]
-            drafts = list(map(SeenDraft, places, ids.tolist(), p.tolist(), q.tolist()))
-            if record.origins[b][-1:] == [CORRECTED]:
-                q, p = record.target_probs[b, n_accepted], record.draft_probs[b, n_accepted]
-                rest = (q - p).clamp(min=0)
-                rejection = rest.sum().item()
-                rest = rest / rejection if rejection > 0 else q  # as in speculative_accept: p == q but for rounding
-                likeliest = [token for token in rest.topk(min(N_RESIDUAL, len(rest))).indices.tolist() if rest[token]]
-                shown = likeliest if tokens[-1] in likeliest else [*likeliest, tokens[-1]]
-                residual = list(zip(shown, q[shown].tolist(), p[shown].tolist(), rest[shown].tolist(), strict=True))
-        self.rounds.append(
-            SeenRound(
-                tokens=tokens,
-                origins=record.origins[b],
+        self.result.add(replace(turn, **{name: [getattr(turn, name)[b]] for name in names}))
+        drafts, source, rejection = look_into(turn, b)
+        self.turns.append(
+            SeenTurn(
+                tokens=turn.tokens[b],
+                origins=turn.origins[b],
+                shape=turn.shape,
+                n_draft_passes=len(turn.passes) - 1,
                 drafts=drafts,
-                n_accepted=n_accepted,
-                n_tested=record.n_tested[b],
-                residual=residual,
+                n_accepted=turn.n_accepted[b],
+                source=source,
                 rejection=rejection,
                 total_tokens=len(self.result.tokens[0]),
                 total_passes=self.result.passes,
-                path=path,
             )
         )
 
@@ -122,29 +120,29 @@ class Trace:
 
     def html(self) -> str:
         """The whole page."""
-        rounds = "\n".join(self._round(number, seen) for number, seen in enumerate(self.rounds, 1))
+        turns = "\n".join(self._turn(number, seen) for number, seen in enumerate(self.turns, 1))
         legend = "".join(
             f'<li><span class="{name}">{name}</span> {meaning}</li>'
             for name, meaning in {"prompt": "what was given", **MEANING}.items()
         )
         body = [
-            "<h1>PaSS, round by round</h1>",
+            "<h1>PaSS, turn by turn</h1>",
             f'<p class="lead">{self._headline()}</p>',
             f'<h2>Text</h2><ul class="legend">{legend}</ul>',
             f'<pre class="text" dir="auto">{self._text()}</pre>',
-            f"<h2>Tokens per pass</h2>{curve(self.rounds)}",
+            f"<h2>Tokens per pass</h2>{curve(self.turns)}",
             f"<h2>Figures</h2>{self._figures()}",
-            f'<h2>Rounds</h2>{EXPLANATION}<div id="rounds">{rounds}</div>',
+            f'<h2>Turns</h2>{self._explanation()}<div id="turns">{turns}</div>',
         ]
         return f"{HEAD}<body><main>\n{chr(10).join(body)}\n</main>{SCRIPT}</body></html>\n"
 
     def _headline(self) -> str:
-        n_tokens, passes = len(self.result.tokens[0]) if self.rounds else 0, self.result.passes
+        n_tokens, passes = len(self.result.tokens[0]) if self.turns else 0, self.result.passes
         return f"{n_tokens} tokens in {passes} passes: <b>{self.result.tokens_per_pass:.2f} tokens/pass</b>"
 
     def _text(self) -> str:
         """Prompt and new text, each character in the colour of the token that completes it."""
-        emitted = [(number, *pair) for number, seen in enumerate(self.rounds, 1) for pair in zip(
+        emitted = [(number, *pair) for number, seen in enumerate(self.turns, 1) for pair in zip(
             seen.tokens, seen.origins, strict=True)]  # fmt: skip
         pieces = [self.prompt, *(self.encoding.decode_single_token_bytes(token) for _, token, _ in emitted)]
         owner = [index for index, piece in enumerate(pieces) for _ in piece]  # of each byte
@@ -155,7 +153,7 @@ class Trace:
         html, current = [f'<span class="prompt">{plain(shown[0])}</span>'], 0
         for (number, _, origin), chars in zip(emitted, shown[1:], strict=True):
             if number != current:
-                html.append(("</span>" if current else "") + f'<span data-r="{number}">')
+                html.append(("</span>" if current else "") + f'<span data-t="{number}">')
                 current = number
             if chars:
                 html.append(f'<span class="{origin}">{plain(chars)}</span>')
@@ -170,73 +168,126 @@ class Trace:
         return f"<code>{self._token(token)}</code>"
 
     def _figures(self) -> str:
-        origins = [origin for seen in self.rounds for origin in seen.origins]
-        facts: dict[str, object] = {**self.settings, "rounds": len(self.rounds), "passes": self.result.passes}
+        origins = [origin for seen in self.turns for origin in seen.origins]
+        facts: dict[str, object] = {**self.settings, "passes": self.result.passes}
         if self.result.draft_passes:
             facts["passes of the draft model"] = self.result.draft_passes
         facts |= {f"{name} tokens": origins.count(name) for name in MEANING if name in origins}
-        for position, (kept, made) in enumerate(zip(self.result.accepted, self.result.tested, strict=True), 1):
-            facts[f"kept at draft {position}"] = f"{kept} of {made} ({kept / made:.2f})"
+        for position, (accepted, made) in enumerate(zip(self.result.accepted, self.result.tested, strict=True), 1):
+            facts[f"accepted at draft {position}"] = f"{accepted} of {made} ({accepted / made:.2f})"
         rows = (f"<div><dt>{plain(name)}</dt><dd>{plain(str(fact))}</dd></div>" for name, fact in facts.items())
         return f"<dl>{''.join(rows)}</dl>"
 
-    def _round(self, number: int, seen: SeenRound) -> str:
+    def _explanation(self) -> str:
+        """How to read the turns: both rules and trees, where they were used."""
+        drafted = [seen for seen in self.turns if seen.drafts]
+        in_tree = [seen for seen in drafted if seen.shape.tree.width > 1]
+        parts = {
+            EXPLANATION: True,
+            COUPLED_EXPLANATION: any(not seen.by_rejection for seen in drafted),
+            REJECTION_EXPLANATION: any(seen.by_rejection for seen in drafted),
+            TREE_EXPLANATION: in_tree,
+            TREE_REJECTION_EXPLANATION: any(seen.by_rejection for seen in in_tree),
+            "Select a turn to open it.": True,
+        }
+        return "".join(f"<p>{part}</p>" for part, used in parts.items() if used)
+
+    def _turn(self, number: int, seen: SeenTurn) -> str:
         emitted = list(zip(seen.tokens, seen.origins, strict=True))
         chips = "".join(f'<span class="chip {origin}">{self._token(token)}</span>' for token, origin in emitted)
-        tested = "" if seen.path is not None else f" of {len(seen.drafts)}"
-        note = f"{seen.n_accepted}{tested} kept" if seen.drafts else "no drafts"
+        tree, (kind, rows) = seen.shape.tree, pass_words(seen)
+        note = f"{seen.n_accepted} of {tree.depth[-1]} accepted" if seen.drafts else kind
         words = ", ".join(f"{self._code(token)} {origin}" for token, origin in emitted)
-        body = f"<p>Emitted: {words}. So far {seen.tokens_per_pass:.2f} tokens/pass.</p>"
-        if seen.path is not None:
-            rows = [
-                (
-                    draft.place,
-                    self._code(draft.token),
-                    *map(number_of, (draft.p, draft.q)),
-                    "kept" if draft.place in seen.path else "left",
-                )
-                for draft in seen.drafts
+        body = f"<p>{rows} Emitted: {words}. So far {seen.tokens_per_pass:.2f} tokens/pass.</p>"
+        if seen.drafts:
+            heads = ("p", "q", "min(1, q/p)") if seen.by_rejection else ("q", "target drew")
+            cells = [(draft.place, self._code(draft.token), *self._test(draft), draft.outcome) for draft in seen.drafts]
+            body += table("Drafts on the way" if tree.width > 1 else "Drafts", ("#", "token", *heads, "outcome"), cells)
+        if seen.source:
+            caption, heads = f"The target after {f'draft {seen.n_accepted}' if seen.n_accepted else 'the root'}", ("q",)
+            if seen.rejection is not None:
+                caption, heads = caption.replace("The target", "Residual"), ("q", "p", "residual")
+                which = "the last draft" if tree.width > 1 else "a draft"
+                caption += f"; {which} here is rejected with probability {seen.rejection:.3f}"
+            became = {draft.token: "draft" for draft in seen.drafts if draft.outcome == REJECTED}
+            became[seen.tokens[-1]] = "drawn"
+            cells = [
+                (self._code(token), *map(number_of, numbers), became.get(token, "")) for token, *numbers in seen.source
             ]
-            body += table("Drafts on the way", ("#", "token", "p", "q", "outcome"), rows, len(rows))
-        elif seen.drafts:
-            rows = [
-                (
-                    draft.place,
-                    self._code(draft.token),
-                    *map(number_of, (draft.p, draft.q, draft.accept)),
-                    outcome(i, seen),
-                )
-                for i, draft in enumerate(seen.drafts)
-            ]
-            n_used = min(seen.n_tested, seen.n_accepted + 1)
-            body += table("Drafts", ("#", "token", "p", "q", "min(1, q/p)", "outcome"), rows, n_used)
-        if seen.residual:
-            rows = [
-                (self._code(token), *map(number_of, numbers), "drawn" if token == seen.tokens[-1] else "")
-                for token, *numbers in seen.residual
-            ]
-            caption = (
-                f"Residual at draft {seen.n_accepted + 1}; the chance of a rejection here was {seen.rejection:.3f}"
-            )
-            body += table(caption, ("token", "q", "p", "residual", "outcome"), rows, len(rows))
+            body += table(caption, ("token", *heads, "outcome"), cells)
         return (
-            f'<details id="r{number}"><summary><b>{number}</b> {chips} <small>{note}</small></summary>{body}</details>'
+            f'<details id="t{number}"><summary><b>{number}</b> {chips} <small>{note}</small></summary>{body}</details>'
         )
 
+    def _test(self, draft: SeenDraft) -> tuple[str, ...]:
+        """The cells that say how a draft was tested."""
+        if draft.p is not None:
+            return tuple(map(number_of, (draft.p, draft.q, draft.accept)))
+        return number_of(draft.q), "" if draft.drawn is None else self._code(draft.drawn)
 
-def seen_tree(record: Round, b: int) -> tuple[list[SeenDraft], list[str]]:
-    """The drafts of a tree that were tested, those at the nodes of the kept path, and the places of those kept."""
-    tree, tokens = record.tree, record.drafts[b].tolist()
-    kept = record.kept[b].tolist()
-    drafts, path = [], []
-    for node in range(1, len(kept)):
-        parent, depth = tree.parents[node - 1], tree.depth[node]
-        if kept[parent]:
-            token, place = tokens[node - 1], f"{depth}.{tree.rank[node - 1] + 1}"
-            p = record.draft_probs[b, depth - 1, token].item()
-            drafts.append(SeenDraft(place, token, p, record.target_probs[b, parent, token].item()))
-            path += [place] * kept[node]
-    return drafts, path
+
+def look_into(turn: Turn, b: int) -> tuple[list[SeenDraft], list[tuple], float | None]:
+    """A turn's drafts for text b, and where its last token came from: SeenTurn's drafts, source and rejection.
+
+    Of a chain all drafts are seen, of a tree those that were tested.
+    """
+    tree, row, result, way = turn.shape.tree, turn.rows[b], turn.result, [turn.last[b]]
+    while way[0]:
+        way.insert(0, tree.parents[way[0] - 1])
+    tokens, next_token = result.drafts.tokens[row].tolist(), result.handed.root[row].item()
+    followed_by = [*(tokens[node - 1] for node in way[1:]), next_token]  # of each accepted node
+    drafts, source, rejection = [], [], None
+    for node in way if tree.width > 1 else range(len(tree.depth)):
+        depth, q = tree.depth[node], Distribution(*(each[row, node].cpu() for each in result.q))
+        p = None if result.drafts.p is None else result.drafts.p[row, node].cpu()
+        q_left, p_left, chance = q.probs, p, None
+        for child in (i for i, parent in enumerate(tree.parents, 1) if parent == node):
+            token = tokens[child - 1]
+            outcome = ACCEPTED if child in way else REJECTED if node in way else NOT_REACHED
+            draft = SeenDraft(
+                place=f"{depth + 1}.{tree.rank[child - 1] + 1}" if tree.width > 1 else str(depth + 1),
+                token=token,
+                q=q_left[q.tokens == token].sum().item(),
+                outcome=outcome if depth < turn.n_tested[b] else TEXT_ENDED,
+            )
+            if p is None:
+                drafts.append(replace(draft, drawn=followed_by[depth] if node in way else None))
+                continue
+            p_left = p_left / p_left.sum().clamp(min=1e-300)
+            drafts.append(replace(draft, p=p_left[token].item()))
+            if child in way or node not in way:
+                break  # no test after this one
+            if p_left[token] > 0:
+                chance = (q_left - p_left[q.tokens]).clamp(min=0).sum().item()
+            q_left, p_left = rejected(token, Distribution(q.tokens, q_left), p_left)
+        if node == turn.last[b] and turn.origins[b][-1] != ACCEPTED:
+            rejection = chance
+            shown = [i for i in q_left.topk(min(N_LIKELIEST, len(q_left))).indices.tolist() if q_left[i] > 0]
+            drawn = q.tokens.tolist().index(next_token)
+            for i in shown if drawn in shown else [*shown, drawn]:
+                residual = () if chance is None else (p[q.tokens[i]].item(), q_left[i].item())
+                source.append((q.tokens[i].item(), q.probs[i].item(), *residual))
+    return drafts, source, rejection
+
+
+def rejected(token: int, q: Distribution, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the rejection of a draft leaves of q's probabilities (K,) and of p (V,)."""
+    q = Distribution(*(each[None, None] for each in q))
+    _, residual, p = reject(torch.tensor([[token]]), p[None, None], q, torch.ones(1, 1))
+    return residual[0, 0], p[0, 0]
+
+
+def pass_words(seen: SeenTurn) -> tuple[str, str]:
+    """What kind of pass a turn had, and a sentence about its rows."""
+    n_drafts, n_lookahead = len(seen.shape.tree.parents), seen.shape.n_rows - len(seen.shape.tree.depth)
+    kind = "fused" if n_drafts and n_lookahead else "verify" if n_drafts else "draft" if n_lookahead else "plain"
+    others = [plural(n, name) for n, name in ((n_drafts, "draft"), (n_lookahead, "look-ahead row")) if n]
+    first = f", after {plural(seen.n_draft_passes, 'pass', 'es')} of the draft model" if seen.n_draft_passes else ""
+    return f"{kind} pass", f"A {kind} pass over {' + '.join(['the root', *others])}{first}."
+
+
+def plural(n: int, name: str, ending: str = "s") -> str:
+    return f"{n} {name}{ending if n != 1 else ''}"
 
 
 def plain(text: str) -> str:
@@ -254,33 +305,22 @@ def number_of(value: float) -> str:
     return f"{value:.3f}" if value >= 0.0005 else f"{value:.0e}" if value else "0"
 
 
-def outcome(i: int, seen: SeenRound) -> str:
-    """What became of draft i of a round, counted from 0."""
-    if i < seen.n_accepted:
-        return "kept"
-    if i >= seen.n_tested:
-        return "text ended"
-    return "rejected" if i == seen.n_accepted else "not reached"
-
-
-def table(caption: str, heads: tuple[str, ...], rows: list[tuple[str, ...]], n_used: int) -> str:
-    """Rows of cells, those behind the first n_used greyed; columns of words stand left, numbers right."""
-    head = "".join(
-        f'<th scope="col"{" class=words" if name in ("token", "outcome") else ""}>{name}</th>' for name in heads
-    )
+def table(caption: str, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Rows of cells, greyed where the outcome, the last one, says that there was no test; words left, numbers right."""
+    head = "".join(f'<th scope="col"{" class=words" if name in WORDS else ""}>{name}</th>' for name in heads)
     body = "".join(
-        f"<tr{' class=unused' if i >= n_used else ''}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        for i, cells in enumerate(rows)
+        f"<tr{' class=unused' if cells[-1] in UNTESTED else ''}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for cells in rows
     )
     return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
 
 
-def curve(rounds: list[SeenRound]) -> str:
-    """Tokens/pass after each round over the passes so far, as an inline picture with its meaning in words."""
-    if not rounds:
-        return "<p>No rounds.</p>"
-    step = -(-len(rounds) // N_POINTS)
-    points = [(seen.total_passes, seen.tokens_per_pass) for seen in [*rounds[:-1:step], rounds[-1]]]
+def curve(turns: list[SeenTurn]) -> str:
+    """Tokens/pass after each turn over the passes so far, as an inline picture with its meaning in words."""
+    if not turns:
+        return "<p>No turns.</p>"
+    step = -(-len(turns) // N_POINTS)
+    points = [(seen.total_passes, seen.tokens_per_pass) for seen in [*turns[:-1:step], turns[-1]]]
     left, right, top, bottom = 24, 284, 8, 94  # of the plot, in a box of 320 x 112
     most = max(1.2, *(y for _, y in points), 0.0)
     first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
@@ -314,7 +354,7 @@ HEAD = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
 script-src 'unsafe-inline'">
-<title>PaSS, round by round</title>
+<title>PaSS, turn by turn</title>
 <style>
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1b1b; --soft: #5c5c5c; --line: #d4d4d4; --box: #f6f6f6;
   --accepted: #00654a; --bonus: #00558a; --corrected: #9c3d00; --tint: 12%; }
@@ -327,10 +367,10 @@ pre, code, .chip, .legend span { font-family: ui-monospace, "DejaVu Sans Mono", 
 pre, code, .chip, dd { overflow-wrap: anywhere; white-space: break-spaces; unicode-bidi: isolate; }
 .text { background: var(--box); border: 1px solid var(--line); border-radius: 6px; padding: .8rem; margin: 0;
   font-size: .875rem; line-height: 1.9; tab-size: 4; }
-.free, .accepted, .corrected, .bonus { text-decoration: underline 2px; text-underline-offset: .4em;
+.sampled, .accepted, .corrected, .bonus { text-decoration: underline 2px; text-underline-offset: .4em;
   text-decoration-skip-ink: none; border-radius: 2px; }
 .prompt { color: var(--soft); }
-.free { text-decoration: underline 2px dotted var(--soft); }
+.sampled { text-decoration: underline 2px dotted var(--soft); }
 .accepted { color: var(--accepted); text-decoration-style: solid;
   background: color-mix(in srgb, var(--accepted) var(--tint), transparent); }
 .bonus { color: var(--bonus); text-decoration-style: double; text-decoration-thickness: 1px;
@@ -363,22 +403,31 @@ button { font: inherit; font-size: .875rem; margin: 0 0 .6rem; }
 </style></head>
 """
 
-EXPLANATION = """<p>A round tests drafts: p is the probability with which a token was drafted, q what the target gives
-it at that place, behind the drafts before it. A draft is kept with probability min(1, q/p). The first that is not kept
-is replaced by a draw from the residual, max(0, q - p) made to sum to 1, and those behind it are dropped: their q says
-what would follow the rejected draft. If all are kept, the last target gives a bonus token. In a tree several
-drafts stand for one place, 1.1 and 1.2 and so on: if a draw from the target is one of them it is kept, and the drafts
-behind it are tested (or they are tested one after the other, with what the ones before left of the target). Select a
-round to open it.</p>"""
+EXPLANATION = """A turn is one pass of the target model. A draft pass looks ahead: its look-ahead rows give the
+distributions that the next turn's drafts are drawn from. A verify pass tests drafts: q is the probability that the
+target gives a draft after the drafts before it. A fused pass does both. Drafts are accepted up to the first that is
+rejected; q of those after it says what would follow it, and counts no more. The last token of a turn is the target's
+own: a table shows the likeliest tokens of the distribution that it was drawn from."""
+COUPLED_EXPLANATION = """Here drafts were tested by the coupled rule: at each place the target draws a token, with the
+noise of that place of the text, and a draft is accepted if it is that token. Drafts are drawn with the same noise,
+which makes this likely. The text is the one that plain decoding draws. (At temperature 0 both take the likeliest
+token.)"""
+REJECTION_EXPLANATION = """Here drafts were tested by the rejection rule: p is the probability with which a token was
+drafted, and the draft is accepted with probability min(1, q/p). After a rejection the token is drawn from the residual,
+max(0, q - p) made to sum to 1."""
+TREE_EXPLANATION = """In a tree several drafts are alternatives for one place, 1.1 and 1.2 and so on; after an accepted
+one those that hang from it are tested."""
+TREE_REJECTION_EXPLANATION = """They are tested one after the other, each with what those before it have left of p and
+q."""
 
-# The page says everything without it: a click on the text opens that round, a button opens or closes all.
+# The page says everything without it: a click on the text opens that turn, a button opens or closes all.
 SCRIPT = """<script>
 const all = document.querySelectorAll("details"), button = document.createElement("button");
 button.textContent = "Open or close all";
 button.onclick = () => { const open = !all[0].open; all.forEach(d => { d.open = open; }); };
-document.getElementById("rounds").before(button);
+document.getElementById("turns").before(button);
 document.querySelector(".text").onclick = event => {
-  const part = event.target.closest("[data-r]"), round = part && document.getElementById("r" + part.dataset.r);
-  if (round && getSelection().isCollapsed) { round.open = true; round.firstElementChild.focus(); }
+  const part = event.target.closest("[data-t]"), turn = part && document.getElementById("t" + part.dataset.t);
+  if (turn && getSelection().isCollapsed) { turn.open = true; turn.firstElementChild.focus(); }
 };
 </script>"""

@@ -1,27 +1,27 @@
 """What the bench measures: checkpoints, held-out text, and the methods that compete on it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from minipass import losses, weights
+from minipass.api import DEFAULT_LOOKUP
+from minipass.auto import MOST_AUTO_LOOKAHEAD, AdaptiveTree, Auto, best_tree, turn_seconds
 from minipass.data import Document, encode_documents, even_windows, read_documents, split_documents
+from minipass.decode import Engine, Fused, Plain, TwoModels, TwoPass
 from minipass.extras.benchmark.measuring import Contender, ours
-from minipass.generate import DEFAULT_PROMPT_LOOKUP
 from minipass.model import GPT
-from minipass.shapes import MOST_AUTO_LOOKAHEAD, AdaptiveTree, best_tree, round_seconds
+from minipass.sampling import REJECTION, Sampling
+from minipass.trees import DraftTree
 
 GREEDY, SAMPLED, PLAIN_SAMPLED = "greedy", "T = 0.8, top-k 10", "T = 1"
-DECODINGS: dict[str, dict] = {
-    GREEDY: {"temperature": 0.0},
-    SAMPLED: {"temperature": 0.8, "top_k": 10},
-    PLAIN_SAMPLED: {"temperature": 1.0},
-}
-TREE, TWO_MODELS = "tree of 4 L", "two models"
-COPYING, LOOKUP = "fused + prompt lookup", "prompt lookup alone"
+DECODINGS = {GREEDY: Sampling(), SAMPLED: Sampling(0.8, top_k=10), PLAIN_SAMPLED: Sampling(1.0)}
+PLAIN, TWO_PASS, FUSED, TREE, LOOKUP = "plain", "two-pass", "fused", "tree of 4 L", "prompt lookup alone"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +41,12 @@ class Subject:
         return f"{sum(parameter.numel() for parameter in self.model.parameters()) / 1e6:.2g}M parameters"
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Bench:
     """What the experiments share: checkpoints, held-out text and counts.
 
-    frozen, draft: None where there is none; compared: more checkpoints, and where the log of each one's training lies.
-    captures: stream's, for all methods alike; None: eagerly.
+    frozen, draft: None where there is none; compared: more checkpoints, and where the log of each one's training is.
+    use_graphs: the Engine's, for all methods alike.
     """
 
     subject: Subject
@@ -62,93 +62,92 @@ class Bench:
     new_tokens: int
     n_samples: int
     seed: int
-    captures: dict | None = None
-    _heldout: dict[str, list[Document]] = field(default_factory=dict)
-    _tokens: dict[tuple[Subject, str], np.ndarray] = field(default_factory=dict)
-    _forced: dict[tuple[Subject, str], dict] = field(default_factory=dict)
+    use_graphs: bool = False
 
+    @cache  # noqa: B019 - one bench a run, here and below
     def heldout(self, domain: str) -> list[Document]:
         """The held-out documents of a corpus."""
-        if domain not in self._heldout:
-            self._heldout[domain] = split_documents(read_documents(domain))[1]
-        return self._heldout[domain]
+        return split_documents(read_documents(domain))[1]
 
+    @cache  # noqa: B019
     def tokens(self, subject: Subject, domain: str) -> np.ndarray:
         """These in the subject's tokens, (N,)."""
-        key = (subject, domain)
-        if key not in self._tokens:
-            self._tokens[key] = encode_documents(self.heldout(domain), subject.loaded.encoding)
-        return self._tokens[key]
+        return encode_documents(self.heldout(domain), subject.loaded.encoding)
 
     def prompts(self, subject: Subject, domain: str) -> list[list[int]]:
         """Evenly spaced windows of held-out text."""
         return even_windows(self.tokens(subject, domain), self.n_prompts, self.prompt_tokens).tolist()
 
+    @cache  # noqa: B019
     def forced(self, subject: Subject, domain: str) -> dict:
         """Teacher-forced figures on held-out text, see losses.evaluate: loops of a generated text don't touch them."""
-        key = (subject, domain)
-        if key not in self._forced:
-            windows = even_windows(self.tokens(subject, domain), 128, subject.model.config.block_size + 1)
-            self._forced[key] = losses.evaluate(subject.model, windows)
-        return self._forced[key]
+        windows = even_windows(self.tokens(subject, domain), 128, subject.model.config.block_size + 1)
+        return losses.evaluate(subject.model, windows)
 
-    def ours(self, name: str, subject: Subject, domain: str, decoding: str, **settings) -> Contender:
-        """One of our methods on held-out prompts."""
-        prompts = self.prompts(subject, domain)
-        settings |= {"captures": self.captures, **DECODINGS[decoding]}
-        return ours(name, subject.model, prompts, self.new_tokens, **settings)
+    def engine(self, method: Any, decoding: str = GREEDY, model: GPT | None = None) -> Engine:
+        """A method with a model, by default the subject's."""
+        return Engine(model or self.subject.model, method, DECODINGS[decoding], use_graphs=self.use_graphs)
 
-    def methods(self) -> dict[str, Callable[[int], dict]]:
-        """Our methods by their names in the tables; each gives stream's settings for L drafts."""
-        found: dict[str, Callable[[int], dict]] = {
-            "two-pass": lambda L: {"method": "pass-two-pass", "lookahead": L},
-            "fused": lambda L: {"method": "pass", "lookahead": L},
-            COPYING: lambda L: {"method": "pass", "lookahead": L, "prompt_lookup": DEFAULT_PROMPT_LOOKUP},
-            LOOKUP: lambda L: {"method": "prompt-lookup"},  # the same for every L
-            TREE: lambda L: self.tree(L, 4 * L),
+    def methods(self, n_drafts: int, decoding: str) -> dict[str, Any]:
+        """Our methods with so many drafts in a row, by their names in the tables."""
+        tree = self.tree(n_drafts, 4 * n_drafts)
+        found = {
+            TWO_PASS: TwoPass(n_drafts),
+            FUSED: Fused(n_drafts),
+            f"{FUSED}, rejection": Fused(n_drafts, REJECTION),
+            f"{FUSED} + prompt lookup": Fused(n_drafts, lookup=DEFAULT_LOOKUP),
+            LOOKUP: Fused(0, lookup=DEFAULT_LOOKUP),  # the same for any number of drafts
+            TREE: Fused(tree),
+            f"{TREE}, rejection": Fused(tree, REJECTION),
         }
-        if self.draft:
-            draft_model = self.draft.model
-            found[TWO_MODELS] = lambda L: {"method": "speculative", "lookahead": L, "draft_model": draft_model}
-        return found
+        if decoding == GREEDY:  # both rules are one
+            found = {name: method for name, method in found.items() if not name.endswith("rejection")}
+        return found | ({"two models": TwoModels(self.draft.model, n_drafts)} if self.draft else {})
 
-    def tree(self, lookahead: int, n_drafts: int, **settings) -> dict:
-        """stream's settings for the tree of n_drafts nodes and at most L deep that keeps most drafts of the subject."""
-        return {
-            "method": "pass-tree",
-            "lookahead": lookahead,
-            "tree": best_tree(self.hits(lookahead), n_drafts),
-            **settings,
-        }
-
-    def hits(self, lookahead: int) -> list[list[float]]:
-        """How often the subject's drafts of each rank are right, (lookahead, ranks)."""
-        return self.forced(self.subject, self.data)["hits"][:lookahead]
-
-    def adaptive(self, decoding: str) -> dict:
-        """stream's settings for trees that fit this machine and the text."""
-        hits = self.hits(MOST_AUTO_LOOKAHEAD)
-        return {
-            "method": "pass-tree",
-            "tree": AdaptiveTree(
-                hits, round_seconds(self.subject.model, hits, captures=self.captures, **DECODINGS[decoding])
-            ),
-        }
+    def contender(
+        self,
+        name: str,
+        method: Any,
+        domain: str,
+        decoding: str,
+        n_drafts: int | None = None,
+        *,
+        subject: Subject | None = None,
+        baseline: Contender | None = None,
+    ) -> Contender:
+        """A method of ours on held-out prompts, by default with the subject."""
+        subject = subject or self.subject
+        engine, prompts = self.engine(method, decoding, subject.model), self.prompts(subject, domain)
+        return ours(name, engine, prompts, self.new_tokens, n_drafts, baseline)
 
     def family(
-        self, domain: str, decoding: str, lengths: Sequence[int], without: Sequence[str] = ()
+        self, domain: str, decoding: str, lengths: Sequence[int], names: Sequence[str] | None = None
     ) -> list[Contender]:
-        """Plain decoding of the subject, then each method, except those named, with each number of drafts in a row."""
-        plain = self.ours("autoregressive", self.subject, domain, decoding, method="autoregressive")
+        """Plain decoding of the subject, then each method (or those named) with each number of drafts in a row."""
+        plain = self.contender(PLAIN, Plain(), domain, decoding)
+        methods = {n_drafts: self.methods(n_drafts, decoding) for n_drafts in lengths}
         return [plain] + [
-            self.ours(name, self.subject, domain, decoding, baseline=plain, **settings(length))
-            for name, settings in self.methods().items()
-            if name not in without
-            for length in (lengths[:1] if name == LOOKUP else lengths)
+            self.contender(name, methods[n][name], domain, decoding, None if name == LOOKUP else n, baseline=plain)
+            for name in names or methods[lengths[0]]
+            for n in (lengths[:1] if name == LOOKUP else lengths)
         ]
 
+    def accuracy(self, n_lookahead: int) -> list[list[float]]:
+        """How often the subject's drafts of each rank are right, (n_lookahead, ranks)."""
+        return self.forced(self.subject, self.data)["rank_accuracy"][:n_lookahead]
+
+    def tree(self, n_lookahead: int, n_drafts: int) -> DraftTree:
+        """The tree of n_drafts nodes, at most n_lookahead deep, of which most of the subject's drafts are accepted."""
+        return best_tree(self.accuracy(n_lookahead), n_drafts)
+
+    def auto(self, decoding: str) -> Auto:
+        """Trees that fit this machine and the text."""
+        accuracy = self.accuracy(MOST_AUTO_LOOKAHEAD)
+        seconds = turn_seconds(self.subject.model, accuracy, DECODINGS[decoding], use_graphs=self.use_graphs)
+        return Auto(AdaptiveTree(accuracy, seconds))
+
     def caption(self, subject: Subject, *parts: str) -> str:
-        """What stands above a table."""
+        """What is above a table."""
         return ", ".join([f"`{subject.name}` ({subject.millions})", *parts])
 
     def counts(self, domain: str) -> str:

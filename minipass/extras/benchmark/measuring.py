@@ -1,7 +1,8 @@
 """How bench.py measures: contenders take turns within each prompt, and what is reported are paired ratios.
 
-A slow moment of the machine thus meets all contenders alike. Prefill, which is the same for all, is timed apart; each
-contender first runs once untimed. Passes over a given number of rows are timed in the same way, by turns.
+A slow moment of the machine thus meets all contenders alike. The clock starts when the first turn's token is there:
+prefill, which is the same for all, is timed apart. Each contender first runs once untimed. Passes over a given number
+of rows are timed in the same way, by turns.
 """
 
 import math
@@ -9,17 +10,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from minipass import capture
-from minipass.generate import Generation, stream
-from minipass.layout import path_layout
+from minipass import graphs
+from minipass.decode import Decoder, Engine
 from minipass.model import GPT, KVCache
-from minipass.shapes import round_times
+from minipass.sampling import COUPLED, Sampling
+from minipass.texts import Generation
+from minipass.trees import Shape, chain
 
 NGRAM = 8
 
@@ -28,9 +29,9 @@ NGRAM = 8
 class Sample:
     """One prompt continued once.
 
-    tokens: the new ones; first_seconds: until the first round's were there, prefill included; n_decoded, seconds: the
-    tokens after these, and their time. counts: of our methods. passes: after the first round, (model, rows) of each
-    forward pass, where model 0 is the target and 1 the draft model.
+    tokens: the new ones; first_seconds: until the first were there, prefill included; n_decoded, seconds: the tokens
+    after these, and their time. counts: of our methods. passes: after the first turn, (model, rows) of each forward
+    pass, see texts.Turn.
     """
 
     tokens: list[int]
@@ -42,7 +43,7 @@ class Sample:
 
     @property
     def rate(self) -> float:
-        """Tokens per second, prefill not counted; NaN when the first round emitted all."""
+        """Tokens per second, prefill not counted; NaN when the first ones were all."""
         return self.n_decoded / self.seconds if self.n_decoded else math.nan
 
 
@@ -55,36 +56,31 @@ class Contender:
     run: Callable[[list[int], int], Sample]
     lookahead: int | None = None
     baseline: "Contender | None" = None
-    models: tuple[GPT, ...] = ()
 
 
 def ours(
     name: str,
-    model: GPT,
+    engine: Engine,
     prompts: list[list[int]],
     max_new_tokens: int,
-    *,
+    lookahead: int | None = None,
     baseline: Contender | None = None,
-    **settings: Any,
 ) -> Contender:
-    """A contender that is one of generate.METHODS; settings are stream's."""
-    models = (model, settings["draft_model"]) if settings.get("draft_model") else (model,)
+    """A contender that is one of our methods."""
 
     def run(prompt: list[int], seed: int) -> Sample:
-        generator, counts = torch.Generator(model.device).manual_seed(seed), Generation()
-        passes: list[tuple[int, int]] = []
-        began = now(model.device)
-        for record in stream(model, prompt, max_new_tokens, generator=generator, **settings):
-            counts.add(record)
-            if counts.rounds == 1:
-                n_first, first = len(counts.tokens[0]), now(model.device)
-            else:
-                passes += record.passes
-        ended = now(model.device)
-        tokens = counts.tokens[0]
-        return Sample(tokens, first - began, len(tokens) - n_first, ended - first, counts, passes)
+        device, counts, passes = engine.models[0].device, Generation(), []
+        began = now(device)
+        turns = engine.stream(prompt, max_new_tokens, seed=seed)
+        counts.add(next(turns))
+        first, n_first = now(device), len(counts.tokens[0])
+        for turn in turns:
+            counts.add(turn)
+            passes += turn.passes
+        seconds, tokens = now(device) - first, counts.tokens[0]
+        return Sample(tokens, first - began, len(tokens) - n_first, seconds, counts, passes)
 
-    return Contender(name, prompts, run, settings.get("lookahead"), baseline, models)
+    return Contender(name, prompts, run, lookahead, baseline)
 
 
 def now(device: torch.device) -> float:
@@ -118,27 +114,26 @@ def figures(contenders: Sequence[Contender], samples: Sequence[Sequence[Sample]]
     for contender, own in zip(contenders, samples, strict=True):
         base = samples[contenders.index(contender.baseline)] if contender.baseline else own
         counts = [sample.counts for sample in own if sample.counts]
-        row = {
-            "method": contender.name,
-            "lookahead": contender.lookahead,
-            "tokens_per_pass": None,
-            "kept_by_position": [],
-            "speedup": paired_quartiles([s.rate for s in own], [s.rate for s in base]),
-            "tokens_per_second": quartiles([s.rate for s in own]),
-            "first_round_seconds": quartiles([s.first_seconds for s in own]),
-            "repeated_8grams": float(np.mean([repeated_share(s.tokens) for s in own])),
-            "same_text": float(np.mean([s.tokens == b.tokens for s, b in zip(own, base, strict=True)])),
-        }
-        if counts:
-            row["tokens_per_pass"] = sum(len(c.tokens[0]) for c in counts) / sum(c.prompt_passes for c in counts)
-            row["kept_by_position"] = kept_by_position(counts)
-        rows.append(row)
+        n_passes = sum(each.prompt_passes for each in counts)
+        rows.append(
+            {
+                "method": contender.name,
+                "lookahead": contender.lookahead,
+                "tokens_per_pass": sum(len(c.tokens[0]) for c in counts) / n_passes if counts else None,
+                "accepted_by_position": accepted_by_position(counts),
+                "speedup": paired_quartiles([s.rate for s in own], [s.rate for s in base]),
+                "tokens_per_second": quartiles([s.rate for s in own]),
+                "first_seconds": quartiles([s.first_seconds for s in own]),
+                "repeated_8grams": float(np.mean([repeated_share(s.tokens) for s in own])),
+                "same_text": float(np.mean([s.tokens == b.tokens for s, b in zip(own, base, strict=True)])),
+            }
+        )
     return rows
 
 
-def kept_by_position(counts: Sequence[Generation]) -> list[float]:
-    """Of the drafts that were made at each position in all generations together, the share that was kept."""
-    length = max(len(each.tested) for each in counts)
+def accepted_by_position(counts: Sequence[Generation]) -> list[float]:
+    """Of the drafts that were made at each position in all generations together, the share that was accepted."""
+    length = max((len(each.tested) for each in counts), default=0)
     tested, accepted = np.zeros(length), np.zeros(length)
     for each in counts:
         tested[: len(each.tested)] += each.tested
@@ -167,7 +162,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
 
 
 def repeated_share(tokens: Sequence[int]) -> float:
-    """Share of the 8-grams of a text that stood in it before: small models loop, and loops flatter acceptance."""
+    """Share of the 8-grams of a text that were in it before: small models loop, and loops flatter acceptance."""
     grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -180,48 +175,48 @@ def predicted_speedup(n_decoded: int, passes: Sequence[tuple[int, int]], cost: d
     return n_decoded / sum(cost[each] for each in passes)
 
 
-def round_quartiles(model: GPT, prompt: list[int], n_rounds: int, ways: Sequence[dict]) -> list[list[float]]:
-    """Quartiles of the seconds of a round in each of several ways, stream's settings, that take turns."""
-    return [quartiles(own) for own in round_times(model, prompt, ways, n_rounds)]
+def seconds_in_turns(
+    actions: Sequence[Callable[[], object]], repeats: int, device: torch.device, title: str
+) -> np.ndarray:
+    """Seconds of actions that take turns: (repeats, actions). Each goes once untimed before."""
+    seconds = np.zeros((1 + repeats, len(actions)))
+    for row in tqdm(seconds, desc=title, unit="turn", leave=False, dynamic_ncols=True):
+        for column, action in enumerate(actions):
+            began = now(device)
+            action()
+            row[column] = now(device) - began
+    return seconds[1:]
 
 
 @torch.inference_mode()
 def pass_seconds(
-    models: Sequence[GPT], kinds: Sequence[tuple[int, int]], context: int, repeats: int, captured: bool = False
+    models: Sequence[GPT], kinds: Sequence[tuple[int, int]], context: int, repeats: int, use_graphs: bool = False
 ) -> np.ndarray:
-    """Seconds of passes of each kind, (model, rows), behind `context` cached tokens: (repeats, kinds).
-
-    The kinds take turns in every repeat; one untimed turn goes before. captured: as CUDA graphs.
-    """
+    """Seconds of passes of each kind, (model, rows), after `context` cached tokens: (repeats, kinds)."""
     device, most = models[0].device, max(rows for _, rows in kinds)
     caches = [KVCache(each.config, 1, context + most, device=device, dtype=each.dtype) for each in models]
     for cache in caches:
         cache.length += context
     passes = []
     for which, rows in kinds:
-
-        def one_pass(ids: torch.Tensor, which: int = which) -> torch.Tensor:
-            return models[which](ids, path_layout(ids.shape[1], device), caches[which])
-
         ids = torch.zeros(1, rows, dtype=torch.int64, device=device)
-        if captured:
-            one_pass = capture.Graph(one_pass, [ids], [], torch.Generator(device))
-        passes.append(partial(one_pass, ids))
-    seconds = np.zeros((1 + repeats, len(kinds)))
-    for turn in tqdm(seconds, desc="passes", unit="turn", leave=False, dynamic_ncols=True):
-        for column, one_pass in enumerate(passes):
-            began = now(device)
-            one_pass()
-            turn[column] = now(device) - began
-    return seconds[1:]
+        one_pass = partial(models[which], layout=Shape(chain(rows - 1)).on(device).layout, cache=caches[which])
+        passes.append(partial(graphs.Graph(one_pass, [ids], []) if use_graphs else one_pass, ids))
+    return seconds_in_turns(passes, repeats, device, "passes")
+
+
+@torch.inference_mode()
+def prefill_seconds(model: GPT, prompts: Sequence[list[int]]) -> list[float]:
+    """Of each prompt, what comes before its first turn."""
+
+    def prefill(prompt: list[int]) -> None:
+        Decoder([model], Sampling(), COUPLED, 1, len(prompt)).begin([prompt], [0], [0])
+
+    prefills = [partial(prefill, prompt) for prompt in prompts]
+    return seconds_in_turns(prefills, 1, model.device, "prefill")[0].tolist()
 
 
 def memory_bandwidth(device: torch.device, megabytes: int = 256, repeats: int = 5) -> float:
     """Bytes per second at which memory is read: the best of a few sums over a float32 tensor too large for caches."""
     large = torch.ones(megabytes * 2**20 // 4, device=device)
-    best = math.inf
-    for _ in range(1 + repeats):
-        began = now(device)
-        large.sum()
-        best = min(best, now(device) - began)
-    return large.nbytes / best
+    return large.nbytes / seconds_in_turns([large.sum], repeats, device, "memory").min()

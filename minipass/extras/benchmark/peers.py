@@ -12,6 +12,7 @@ import torch
 from minipass import weights
 from minipass.extras.benchmark.measuring import Contender, Sample, now
 from minipass.model import GPT
+from minipass.sampling import Sampling
 
 TOLERANCE = 1e-3  # between float32 logits
 PROMPT_LOOKUP = 10  # drafts of prompt lookup in its authors' examples
@@ -52,7 +53,7 @@ def largest_difference(model: GPT, prompts: Sequence[Sequence[int]]) -> float:
 
 
 class FirstToken:
-    """A streamer, as `generate` calls it: notes when the first tokens behind the prompt were there, and how many."""
+    """A streamer, as `generate` calls it: notes when the first tokens after the prompt were there, and how many."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.calls, self.n_first, self.time = device, 0, 0, 0.0
@@ -72,19 +73,19 @@ def contenders(
     plain: Contender,
     max_new_tokens: int,
     lookahead: Sequence[int],
-    sampling: dict | None = None,
+    sampling: Sampling,
 ) -> tuple[list[Contender], float]:
     """`generate` plain, with the draft model as assistant, with prompt lookup; and the largest difference of logits.
 
     Assistant and lookup run with each number of drafts in `lookahead`, and as they are used without a thought: the
-    assistant with the library's own settings, lookup with PROMPT_LOOKUP. sampling: temperature and top_k as here, None
-    is greedy.
+    assistant with the library's own settings, lookup with PROMPT_LOOKUP.
     """
     import transformers
 
     transformers.logging.set_verbosity_error()  # it warns of greedy decoding with sampling's defaults
     difference = largest_difference(model, plain.prompts[:4])
-    theirs = as_gpt2(model)
+    theirs, sampled = as_gpt2(model), sampling.temperature > 0
+    choosing = {"temperature": sampling.temperature, "top_k": sampling.top_k} if sampled else {}
 
     def contender(name: str, n_drafts: int | None, assistant=None, **settings) -> Contender:
         def run(prompt: list[int], seed: int) -> Sample:
@@ -98,8 +99,8 @@ def contenders(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
-                do_sample=sampling is not None,
-                **(sampling or {}),
+                do_sample=sampled,
+                **choosing,
                 pad_token_id=0,
                 streamer=streamer,
                 **arguments,

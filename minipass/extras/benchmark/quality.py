@@ -10,11 +10,10 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
+from minipass.decode import Engine
 from minipass.extras.benchmark.measuring import wilson_interval
-from minipass.generate import generate
 from minipass.model import GPT
 from minipass.tokenizer import encode_text
-from minipass.weights import Checkpoint
 
 BATCH = 32
 
@@ -23,7 +22,7 @@ def function_heads(texts: Iterable[str]) -> list[str]:
     """The heads, `def` to `:`, of all functions and methods in Python texts: each once, without indentation.
 
     A head keeps no line end: tokens of Python hold it together with the indentation of the next line. Functions whose
-    body stands in the head's last line, and texts that do not parse, are left out.
+    body is in the head's last line, and texts that do not parse, are left out.
     """
     heads = {}
     for text in texts:
@@ -52,9 +51,9 @@ def usable_heads(heads: Iterable[str], encoding: tiktoken.Encoding, most: int) -
 
 
 def cut_function(head: str, completion: str) -> str:
-    """Head and completion up to the function's end: before the first line behind the head that is not indented.
+    """Head and completion up to the function's end: before the first line after the head that is not indented.
 
-    Where there is no such line, the text ended on the way, and its last line, which may be half a line, is dropped.
+    Where there is no such line, the text ended on the way: its last line, which may be half a line, is dropped.
     """
     lines = (head + completion).split("\n")
     first = head.count("\n") + 1
@@ -89,27 +88,25 @@ def log_likelihood(model: GPT, prompts: list[list[int]], texts: list[list[int]])
 
 
 def judge(
-    subject: Checkpoint,
+    engine: Engine,
+    encoding: tiktoken.Encoding,
     heads: list[tuple[str, list[int]]],
     max_new_tokens: int,
     seed: int,
     title: str,
-    **settings,
 ) -> dict:
-    """Completes each head once; settings are generate's. A text ends at the end-of-text token, which is not judged.
+    """Completes each head once. A text ends at the end-of-text token, which is not judged.
 
     Returns `samples`; `parses`, the share that does, with its 95% `interval`; `log_likelihood`, the mean over samples
     of the mean per token, with the `half_width` of its 95% interval.
     """
-    model, encoding = subject.model, subject.encoding
-    generator, stop = torch.Generator(model.device).manual_seed(seed), encoding.eot_token
-    n_parsed, likelihoods = 0, []
+    n_parsed, likelihoods, stop = 0, [], encoding.eot_token
     for start in tqdm(range(0, len(heads), BATCH), desc=title, unit="batch", dynamic_ncols=True):
         batch = heads[start : start + BATCH]
         prompts = [tokens for _, tokens in batch]
-        made = generate(model, prompts, max_new_tokens, stop_token=stop, generator=generator, **settings)
-        likelihoods += log_likelihood(model, prompts, made.tokens)
-        for (head, _), tokens in zip(batch, made.tokens, strict=True):
+        made = engine.generate(prompts, max_new_tokens, stop_token=stop, seed=seed + start).tokens
+        likelihoods += log_likelihood(engine.models[0], prompts, made)
+        for (head, _), tokens in zip(batch, made, strict=True):
             ended = tokens[-1] == stop
             completion = encoding.decode(tokens[:-1] if ended else tokens)
             n_parsed += parses(head + completion if ended else cut_function(head, completion))

@@ -1,4 +1,4 @@
-"""The course: `python -m minipass.extras.course FOLDER` writes a handout in which eight exercises are to be written.
+"""The course: `python -m minipass.extras.course FOLDER` writes a handout in which nine exercises are to be written.
 
 A handout is this package with the bodies of the exercises' functions taken out, their graders, and ASSIGNMENT.md.
 grading.py lists these functions; they are found in the syntax tree, so the code carries no marks.
@@ -59,11 +59,12 @@ def with_gaps(path: Path, exercises: Iterable[int]) -> str:
         (nodes[name], placeholder(number, name))
         for number in exercises
         for file, name in EXERCISES[number].functions
-        if file == path.name
+        if PACKAGE / file == path
     ]
     for node, statement in sorted(gaps, key=lambda gap: -gap[0].lineno):  # from below, so that line numbers stay true
-        docstring = node.body[0]  # every one of them has one; what follows it goes, comments too
-        lines[docstring.end_lineno : node.end_lineno] = [f"{' ' * docstring.col_offset}{statement}\n"]
+        first, has_docstring = node.body[0], ast.get_docstring(node) is not None
+        begin = first.end_lineno if has_docstring else first.lineno - 1  # all after a docstring goes, comments too
+        lines[begin : node.end_lineno] = [f"{' ' * first.col_offset}{statement}\n"]
     return "".join(lines)
 
 

@@ -1,31 +1,54 @@
-"""The graders of the exercises, easy to hard. Each message says what is wrong and what to look at, not how to do it."""
+"""The graders of the exercises, easy to hard. Each message says what is wrong and what to look at, not how to do it.
 
+What is expected never comes from a function that is to be written: slow references compute it here, row by row.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain as in_turn
+from itertools import islice, product, repeat
 
 import numpy as np
 import pytest
 import torch
 
-from minipass.generate import ACCEPTED, BONUS, CORRECTED, FREE, generate, stream
-from minipass.layout import CACHE_END, Layout, lookahead_ids, path, tree, with_groups
+from minipass.decode import Decoder, Engine, Method, TwoPass, fused
+from minipass.layout import CACHE_END, Layout, tree, with_groups
 from minipass.losses import TV_SCALE, lookahead_loss, rows_after_cuts, training_pass
 from minipass.model import GPT, GPTConfig, KVCache
-from minipass.sampling import probabilities, speculative_accept
+from minipass.sampling import COUPLED, REJECTION, TARGET, Distribution, Sampling, reject, uniform
+from minipass.texts import Texts, Turn
+from minipass.trees import Drafts, DraftTree, Shape, accept, chain
 
-exercise_1, exercise_2, exercise_3, exercise_4, exercise_5, exercise_6, exercise_7, exercise_8 = (
-    getattr(pytest.mark, f"exercise_{number}") for number in range(1, 9)
+exercise_1, exercise_2, exercise_3, exercise_4, exercise_5, exercise_6, exercise_7, exercise_8, exercise_9 = (
+    getattr(pytest.mark, f"exercise_{number}") for number in range(1, 10)
 )
 
 
 @lru_cache
 def tiny_model(vocab_size: int = 7) -> GPT:
-    """A random float64 model with weights so large that its drafts are often kept and often not."""
+    """A random float64 model with weights so large that its drafts are often accepted and often not."""
     model = GPT(GPTConfig(vocab_size, block_size=48, n_layer=2, n_head=2, n_embd=8, n_lookahead=3)).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(generator=generator)
     return model.eval()
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Numbers in [0, 1), float64."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random_keys(*shape: int) -> torch.Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, shape, generator=torch.Generator().manual_seed(0))
+
+
+def shuffled(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Along the last dimension the numbers from 0, each row in another order."""
+    return random(*shape, seed=seed).argsort(-1)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-6) -> bool:
@@ -35,33 +58,49 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-6) -> bool:
 def like(counts: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether counts of outcomes fit their probabilities: none is more than 5 standard deviations off."""
     n = counts.sum()
-    return bool(((counts - n * expected).abs() <= 5 * (n * expected * (1 - expected)).sqrt() + 1e-6).all())
+    return bool(((counts - n * expected).abs() <= 5 * (n * expected * (1 - expected)).clamp(min=0).sqrt() + 1e-6).all())
 
 
-# 1. Probabilities
+# 1. Distributions
+
+
+def probabilities(logits: torch.Tensor, **settings) -> torch.Tensor:
+    """What Sampling(..).distribution gives, of all tokens."""
+    given = Sampling(**{"temperature": 1.0} | settings).distribution(logits)
+    assert given.tokens.shape == given.probs.shape, "tokens and probs should have the same shape (..., K)"
+    return given.dense(logits.shape[-1])
 
 
 @exercise_1(1)
 def test_temperature_divides_the_logits():
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     for temperature in (0.5, 1.0, 2.0):
-        expected = (logits / temperature).softmax(-1)
-        assert close(probabilities(logits, temperature), expected), "not softmax(logits / temperature), last dimension"
-    assert probabilities(logits.bfloat16()).dtype == torch.float32, "bfloat16 logits should give float32 probabilities"
-    assert probabilities(logits.double()).dtype == torch.float64, "float64 logits should stay float64"
+        expected = (logits.double() / temperature).softmax(-1)
+        result = probabilities(logits, temperature=temperature)
+        assert close(result, expected, 1e-9), "not softmax(logits / temperature) over the last dimension, in float64"
+    given = Sampling(1.0).distribution(logits.bfloat16())
+    assert given.probs.dtype == torch.float64, "probs should be float64, whatever the logits are in"
+    assert given.tokens.dtype == torch.int64, "tokens should be int64"
 
 
 @exercise_1(1)
 def test_temperature_0_is_greedy():
-    probs = probabilities(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 0.0]]), temperature=0)
-    assert probs[0].tolist() == [0, 1, 0], "at temperature 0 the most likely token should have probability 1"
-    assert sorted(probs[1].tolist()) == [0, 0, 1], "at temperature 0 a tie should go to one token, not be shared"
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0], [5.0, 5.0, 0.0, 1.0]])
+    probs = probabilities(logits, temperature=0.0)
+    assert probs[0].tolist() == [0, 1, 0, 0], "at temperature 0 the most likely token should have probability 1"
+    assert sorted(probs[1].tolist()) == [0, 0, 0, 1], "at temperature 0 a tie should go to one token, not be shared"
+    three = Sampling(0.0).distribution(logits, 3)
+    assert three.tokens[0].tolist() == [1, 2, 0], "at temperature 0, n: the n likeliest tokens, the likeliest first"
+    assert three.probs.tolist() == [[1, 0, 0]] * 2, "at temperature 0 all but the first of n tokens have probability 0"
 
 
 @exercise_1(1)
-def test_a_tiny_temperature_gives_no_nan():
-    probs = probabilities(torch.tensor([1.0, 3.0, 2.0]), temperature=1e-39)
-    assert probs.tolist() == [0, 1, 0], "logits / 1e-39 overflows: inf - inf is NaN. Make the largest logit 0 first"
+def test_a_tiny_temperature_gives_no_nan_and_logits_stay_as_they_are():
+    logits = torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)
+    probs = probabilities(logits, temperature=1e-309)
+    assert probs.tolist() == [0, 1, 0], "logits / 1e-309 overflows: inf - inf is NaN. Make the largest logit 0 first"
+    probabilities(logits, temperature=0.5, top_k=2, top_p=0.5)
+    assert logits.tolist() == [1, 3, 2], "the logits that were given should not change"
 
 
 @exercise_1(2)
@@ -72,6 +111,12 @@ def test_top_k_leaves_exactly_k_tokens():
     tied = probabilities(torch.zeros(5), top_k=3)
     assert (tied > 0).sum() == 3, "top-k with ties should leave exactly k tokens: select by index, not by threshold"
     assert close(probabilities(logits, top_k=9), logits.softmax(-1)), "a top-k beyond the vocabulary changes nothing"
+    given = Sampling(1.0, top_k=2).distribution(logits)
+    assert given.tokens.tolist() == [[1, 3], [2, 3]], "with top-k, tokens should be the k likeliest, likeliest first"
+    given = Sampling(1.0, top_k=2).distribution(logits, 3)
+    assert given.tokens.tolist() == [[1, 3, 2], [2, 3, 1]], "n: at least n tokens should come, even if top_k is smaller"
+    assert close(given.probs, torch.tensor([[4.0, 3.0, 1.0], [4.0, 3.0, 2.0]]).softmax(1)), "n tokens should sum to 1"
+    assert Sampling(1.0, top_k=3).distribution(logits, 2).tokens.shape == (2, 3), "an n below top_k changes nothing"
 
 
 @exercise_1(2)
@@ -80,8 +125,11 @@ def test_top_p_leaves_the_fewest_tokens_that_reach_p():
     for top_p, n_left in ((0.1, 1), (0.45, 1), (0.55, 2), (0.75, 2), (0.85, 3), (1.0, 4)):
         result = probabilities(probs.log(), top_p=top_p)
         assert (result > 0).sum() == n_left, f"top-p {top_p} of {probs.tolist()} should leave {n_left} tokens"
-        expected = torch.where(result > 0, probs, 0)
+        expected = torch.where(result > 0, probs, 0).double()
         assert close(result, expected / expected.sum()), "after top-p the tokens left should sum to 1 in proportion"
+    for top_p, n_left in ((0.25, 1), (0.3, 2), (0.5, 2), (0.75, 3)):
+        n = (probabilities(torch.zeros(2, 4), top_p=top_p) > 0).sum(-1)
+        assert n.tolist() == [n_left] * 2, f"top-p {top_p} of four times 0.25 should leave {n_left}: mind ties, and '='"
 
 
 @exercise_1(1)
@@ -99,9 +147,31 @@ def test_top_p_comes_after_temperature_and_top_k():
 PARENTS = [-1, 0, 1, 1, 3, 0, 5, -1, 7, 2, 4]
 
 
-def ancestors(parents: list[int], row: int) -> list[int]:
+def ancestors(parents: Sequence[int], row: int) -> list[int]:
     """The row, its parent, its parent's parent and so on."""
     return [] if row == CACHE_END else [*ancestors(parents, parents[row]), row]
+
+
+def slow_layout(parents: Sequence[int], lookahead: Sequence[int] = ()) -> Layout:
+    """One tree's layout, row by row."""
+    visible = torch.zeros(1, len(parents), len(parents), dtype=torch.bool)
+    for row in range(len(parents)):
+        visible[0, row, ancestors(parents, row)] = True
+    return Layout(visible, visible.sum(-1) - 1, torch.tensor(lookahead, dtype=torch.int64))
+
+
+def causal(n_rows: int, n_lookahead: int = 0) -> Layout:
+    """A path whose last rows are [LA]_1, [LA]_2, .."""
+    return slow_layout(range(-1, n_rows + n_lookahead - 1), range(n_lookahead))
+
+
+def with_hanging(parents: Sequence[int], anchors: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """Parents of the real rows, and of the groups that hang from the anchors."""
+    rows = list(parents)
+    for anchor, length in zip(anchors, lengths, strict=True):
+        for i in range(length):
+            rows.append(anchor if i == 0 else len(rows) - 1)
+    return rows
 
 
 @exercise_2(1)
@@ -112,35 +182,37 @@ def test_a_path_is_the_causal_mask():
     assert visible[0].tolist() == torch.ones(5, 5).tril().bool().tolist(), "a path should be the causal lower triangle"
 
 
-@exercise_2(3)
+@exercise_2(2)
 def test_a_row_sees_its_ancestors_and_itself():
-    visible = tree(np.array(PARENTS)).visible[0]
+    visible = tree(PARENTS).visible[0]
     for row in range(len(PARENTS)):
         seen = visible[row].nonzero().flatten().tolist()
         assert seen == ancestors(PARENTS, row), f"parents {PARENTS}: row {row} should see its ancestors and itself only"
 
 
-@exercise_2(2)
-def test_a_row_stands_one_behind_its_parent():
-    depth = tree(np.array(PARENTS)).depth
-    assert depth.dtype == torch.int64, "depth should be an int64 tensor"
+@exercise_2(1)
+def test_a_rows_position_is_its_parents_plus_one():
+    layout = tree(PARENTS, [0, 1])
+    assert layout.depth.dtype == torch.int64, "depth should be an int64 tensor"
     expected = [len(ancestors(PARENTS, row)) - 1 for row in range(len(PARENTS))]
-    assert depth.tolist() == [expected], "a row stands one behind its parent, and at 0 where that is CACHE_END"
+    assert layout.depth.tolist() == [expected], "depth: a row's is its parent's plus one, and 0 after CACHE_END"
+    assert layout.lookahead.tolist() == [0, 1], "the layout should carry `lookahead` as it was given"
+    assert tree(PARENTS).lookahead.dtype == torch.int64, "lookahead should be int64, with nothing in it too"
 
 
 @exercise_2(1)
-def test_each_batch_row_has_its_own_tree():
-    parents = np.array([[-1, 0, 1, 2], [-1, 0, 0, -1]])
+def test_each_text_has_its_own_tree():
+    parents = [[-1, 0, 1, 2], [-1, 0, 0, -1]]
     both = tree(parents)
     for b in range(2):
-        alone = tree(parents[b])
+        alone = slow_layout(parents[b])
         same = torch.equal(both.visible[b], alone.visible[0]) and torch.equal(both.depth[b], alone.depth[0])
-        assert same, "parents (B, R) should give each batch row the tree that it has alone"
+        assert same, "parents (B, R) should give each text the tree that it has alone"
 
 
 @exercise_2(1)
-def test_a_parent_must_stand_before_its_row():
-    for parents in ([0], [-1, 2, 0], [-2]):
+def test_a_parent_must_come_before_its_row():
+    for parents in ([0], [-1, 2, 0], [-2], [[-1, 0], [-1, 1]]):
         try:
             tree(np.array(parents))
         except ValueError:
@@ -148,61 +220,121 @@ def test_a_parent_must_stand_before_its_row():
         raise AssertionError(f"parents {parents}: a parent that is no earlier row should be a ValueError")
 
 
+@exercise_2(2)
+def test_a_group_sees_what_its_anchor_sees_and_itself():
+    for parents, n in ((range(-1, 3), 2), ([-1, 0, 0, 1, 1, 2], 2), ([-1], 3)):
+        layout = with_groups(parents, range(len(parents)), n)
+        rows = with_hanging(parents, range(len(parents)), [n] * len(parents))
+        expected = slow_layout(rows)
+        assert layout.visible.shape == expected.visible.shape, "there should be P rows, and then those of the groups"
+        assert torch.equal(layout.depth, expected.depth), "LA_i of a group is i places after its anchor, i from 1"
+        names = [f"real row {r}" for r in range(len(parents))]
+        names += [f"LA_{i + 1} of group {g}" for g in range(len(parents)) for i in range(n)]
+        for row, column in product(range(len(rows)), repeat=2):
+            seen, right = layout.visible[0, row, column], expected.visible[0, row, column]
+            assert seen == right, (
+                f"real rows with parents {list(parents)}: {names[row]} should {'' if right else 'not '}"
+                f"see {names[column]}"
+            )
+
+
+@exercise_2(1)
+def test_groups_may_have_different_lengths_or_none():
+    for lengths in ([3, 0, 1, 2], [0, 2, 0, 0], [0, 0, 0, 0]):
+        layout = with_groups([-1, 0, 0, 2], range(4), lengths)
+        expected = slow_layout(with_hanging([-1, 0, 0, 2], range(4), lengths))
+        same = torch.equal(layout.visible, expected.visible) and torch.equal(layout.depth, expected.depth)
+        assert same, f"n_lookahead {lengths}: each group should have its own length, and hang from its own anchor"
+        ids = [i for length in lengths for i in range(length)]
+        assert layout.lookahead.tolist() == ids, "lookahead: each group begins again with [LA]_1, which is 0"
+        assert layout.lookahead.dtype == torch.int64, "lookahead should be int64, with nothing in it too"
+    assert with_groups([-1, 0], [1], 3).lookahead.tolist() == [0, 1, 2], "n_lookahead may be one number for all groups"
+    assert with_groups([-1, 0], [], 3).visible.shape == (1, 2, 2), "without anchors the real rows are all there is"
+
+
+@exercise_2(1)
+def test_each_text_has_its_own_anchors():
+    anchors = np.array([[0, 3], [2, 2]])
+    both = with_groups(range(-1, 3), anchors, 2)
+    for b in range(2):
+        alone = slow_layout(with_hanging(range(-1, 3), anchors[b], [2, 2]))
+        same = torch.equal(both.visible[b], alone.visible[0]) and torch.equal(both.depth[b], alone.depth[0])
+        assert same, "anchors (B, G) should give each text the layout that it has alone"
+
+
 # 3. The cache
 
 
-def causal(n_rows: int) -> Layout:
-    """A path, without the help of exercise 2."""
-    return Layout(torch.ones(1, n_rows, n_rows).tril().bool(), torch.arange(n_rows)[None])
-
-
 def ragged_cache() -> KVCache:
+    """Of three texts, 9 slots, what is in it are random numbers."""
     cache = KVCache(GPTConfig(5, 16, 2, 2, 8, 0), batch_size=3, max_len=9)
-    cache.length = torch.tensor([4, 0, 2])
+    cache.pairs.copy_(random(*cache.pairs.shape))
+    cache.length.copy_(torch.tensor([4, 0, 2]))
     return cache
 
 
-@exercise_3(2)
+@exercise_3(1)
 def test_every_row_sees_what_is_in_the_cache():
     cache = ragged_cache()
-    mask = cache.mask(causal(3).visible)
+    mask = cache.mask(causal(3))
     assert mask.shape == (3, 3, 9), "the mask should have the shape (B, R, max_len)"
+    assert mask.dtype == cache.pairs.dtype, "the mask is added to scores: it should have the dtype of `pairs`"
     for b, length in enumerate(cache.length.tolist()):
-        assert mask[b, :, :length].all(), "all rows should see all slots before `length`, each batch row its own"
+        assert (mask[b, :, :length] == 0).all(), "all rows should see (0) all slots before `length`, each text its own"
 
 
 @exercise_3(2)
-def test_rows_see_each_other_as_the_layout_says_and_nothing_behind():
+def test_rows_see_each_other_as_the_layout_says_and_nothing_after_them():
     cache = ragged_cache()
-    for visible in (causal(3).visible, torch.rand(3, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5):
-        mask = cache.mask(visible)
-        for b, length in enumerate(cache.length.tolist()):
-            own = mask[b, :, length : length + 3]
-            assert torch.equal(own, visible.expand(3, -1, -1)[b]), "this pass's slots should be seen as `visible` says"
-            assert not mask[b, :, length + 3 :].any(), "slots behind this pass hold garbage: no row should see them"
+    layouts = causal(3), slow_layout([-1, 0, 0]), slow_layout([-1, -1, 1]), causal(5), causal(1)
+    for lengths in ([4, 0, 2], [0, 4, 3]):
+        cache.length.copy_(torch.tensor(lengths))
+        for layout in layouts:
+            mask, n_rows = cache.mask(layout), layout.visible.shape[1]
+            assert ((mask == 0) | (mask == -torch.inf)).all(), "the mask should be 0 where a row sees a slot, else -inf"
+            for b, length in enumerate(lengths):
+                own = mask[b, :, length : length + n_rows] == 0
+                assert torch.equal(own, layout.visible[0]), "this pass's slots should be seen as the layout says"
+                after = mask[b, :, length + n_rows :]
+                assert (after == -torch.inf).all(), "slots after this pass hold garbage: no row should see them"
 
 
 @exercise_3(2)
 def test_keys_and_values_go_into_their_slots_and_nowhere_else():
     cache = ragged_cache()
-    k, v = torch.randn(2, 3, 2, 3, 4, generator=torch.Generator().manual_seed(0))  # (B, H, R, head_dim)
-    expected_k, expected_v = cache.keys.clone(), cache.values.clone()
+    pairs = random(3, 3, 2, 2, 4, seed=1).float()  # (B, R, 2, n_head, head_dim)
+    expected = cache.pairs.clone()
     for b, length in enumerate(cache.length.tolist()):
-        expected_k[1, b, :, length : length + 3], expected_v[1, b, :, length : length + 3] = k[b], v[b]
-    keys, values = cache.store(1, k, v, cache.slots(3))
-    stored = torch.equal(cache.keys, expected_k) and torch.equal(cache.values, expected_v)
-    assert stored, "k and v should go into `slots` of that layer, each batch row its own, and change nothing else"
-    assert torch.equal(keys, expected_k[1]), "store should return all keys and values of the layer, old ones too"
-    assert torch.equal(values, expected_v[1]), "store should return all keys and values of the layer, old ones too"
+        expected[1, b, length : length + 3] = pairs[b]
+    stored = cache.store(1, cache.slots(3), pairs)
+    right = torch.equal(cache.pairs, expected)
+    assert right, "pairs should go into `slots` of that layer, each text's own, and change nothing else"
+    assert torch.equal(stored, expected[1]), "store should return all pairs of the layer, old ones too"
     assert cache.length.tolist() == [4, 0, 2], "`length` is for the caller to move"
 
 
 @exercise_3(2)
+def test_gathered_rows_come_to_the_front_of_the_pass():
+    for rows in ([[0, 2, 4], [0, 1, 3], [0, 1, 2]], [[2, 0, 1], [4, 3, 2], [1, 2, 0]], [[3], [0], [4]]):
+        cache = ragged_cache()
+        before, expected = cache.pairs.clone(), cache.pairs.clone()
+        for b, length in enumerate(cache.length.tolist()):
+            for place, row in enumerate(rows[b]):
+                expected[:, b, length + place] = before[:, b, length + row]
+        cache.gather(torch.tensor(rows))
+        assert torch.equal(cache.pairs, expected), (
+            f"gather {rows}: in all layers each text's rows, counted from its `length`, should come to the front in "
+            "this order, and nothing else change. Is a slot read after it was overwritten?"
+        )
+        assert cache.length.tolist() == [4, 0, 2], "`length` is for the caller to move"
+
+
+@exercise_3(1)
 @torch.no_grad()
 def test_rolling_back_is_setting_the_length():
     model = tiny_model()
     cache = KVCache(model.config, 1, 20, dtype=torch.float64)
-    cache.keys.fill_(1e3), cache.values.fill_(1e3)
+    cache.pairs.fill_(1e3)
     for rows, n_kept in (([1, 2, 3, 4], 2), ([5, 6, 0, 1, 2], 1), ([3], 1)):
         logits = model(torch.tensor([rows]), causal(len(rows)), cache)
         cache.length += n_kept
@@ -210,143 +342,339 @@ def test_rolling_back_is_setting_the_length():
     assert close(logits, expected), "rows dropped by setting `length` still change what later passes compute"
 
 
-# 4. Look-ahead rows
+# 4. Noise and the race
 
-
-def fused_rows(n_path: int, n_lookahead: int) -> list[tuple[int, int]]:
-    """(row of the path, 0) for real rows, (j, i) for LA_i of the group that hangs from row j."""
-    groups = [(j, i) for j in range(n_path) for i in range(1, n_lookahead + 1)]
-    return [(j, 0) for j in range(n_path)] + groups
-
-
-@exercise_4(2)
-def test_ids_of_lookahead_tokens():
-    assert lookahead_ids(10, 3).tolist() == [10, 11, 12], "[LA]_1 has the input id vocab_size"
-    ids = lookahead_ids(10, 2, 2, 2)
-    assert ids.tolist() == [10, 11] * 3, "each group should begin again with [LA]_1"
-    assert ids.dtype == torch.int64, "ids should be int64"
-
-
-@exercise_4(2)
-def test_a_draft_pass_is_a_path_and_a_verify_pass_has_no_groups():
-    draft, plain = with_groups(path(1), np.zeros(1), 3), with_groups(path(4), np.zeros(0), 0)
-    for layout in (draft, plain):
-        assert layout.visible.shape == (1, 4, 4), "there should be n_path + G * n_lookahead rows"
-        assert torch.equal(layout.visible, causal(4).visible), "[root, LA_1, LA_2, LA_3] should be one causal path"
-        assert layout.depth.tolist() == [[0, 1, 2, 3]], "[root, LA_1, LA_2, LA_3] stand at 0, 1, 2, 3 from the cache"
-
-
-@exercise_4(3)
-def test_lookahead_tokens_stand_behind_their_anchor():
-    rows = fused_rows(4, 2)
-    depth = with_groups(path(4), np.arange(4), 2).depth[0].tolist()
-    assert depth == [j + i for j, i in rows], "LA_i of the group hanging from row j should stand at j + i"
-
-
-@exercise_4(2)
-def test_lookahead_tokens_see_the_text_before_them_and_their_own_group():
-    rows = fused_rows(4, 2)
-    visible = with_groups(path(4), np.arange(4), 2).visible[0]
-    for row, (j, i) in enumerate(rows):
-        for column, (other_j, other_i) in enumerate(rows):
-            expected = other_j <= j if other_i == 0 else other_j == j and 0 < other_i <= i
-            names = [f"LA_{n} of group {m}" if n else f"path row {m}" for m, n in ((j, i), (other_j, other_i))]
-            assert visible[row, column] == expected, f"{names[0]} should {'' if expected else 'not '}see {names[1]}"
+N = 20_000
+UNMIXED = (0, -0x3065FB5005945240)  # mix makes 64 bits 0 of the first, 64 bits 1 of the second
 
 
 @exercise_4(1)
-def test_each_batch_row_has_its_own_anchors():
-    anchors = np.array([[0, 3], [2, 2]])
-    both = with_groups(path(4), anchors, 2)
-    for b in range(2):
-        alone = with_groups(path(4), anchors[b], 2)
-        same = torch.equal(both.visible[b], alone.visible[0]) and torch.equal(both.depth[b], alone.depth[0])
-        assert same, "anchors (B, G) should give each batch row the layout that it has alone"
+def test_a_random_number_is_never_0_or_1():
+    u = uniform(random_keys(N), torch.arange(3).expand(N, 3))
+    assert u.shape == (N, 3), "key (...) and token (..., K) should give a number for each token, (..., K)"
+    assert u.dtype == torch.float64, "numbers should be float64"
+    assert ((u > 0) & (u < 1)).all(), "numbers should lie in (0, 1): what does >> do with a negative number?"
+    edges = uniform(torch.tensor(UNMIXED), torch.zeros(2, 1, dtype=torch.int64))
+    assert ((edges > 0) & (edges < 1)).all(), "where all bits are 0 or 1, rounding should not make the number 0 or 1"
 
 
-# 5. Acceptance
+@exercise_4(2)
+def test_random_numbers_are_uniform_and_depend_on_key_and_token_alone():
+    keys, tokens = random_keys(N), torch.tensor([0, 1, 2, 1000])
+    u = uniform(keys, tokens.expand(N, 4))
+    flat = torch.full((16,), 1 / 16, dtype=torch.float64)
+    cells = (u * 4).long()
+    for i in range(4):
+        counts = torch.bincount((u[:, i] * 16).long(), minlength=16)
+        assert like(counts, flat), "numbers should be uniform: do they use the upper bits of the hash?"
+        both = torch.bincount(cells[:, i] * 4 + cells[:, (i + 1) % 4], minlength=16)
+        assert like(both, flat), "the numbers of two tokens should be independent: hash key and token together"
+        along = torch.bincount(cells[:-1, i] * 4 + cells[1:, i], minlength=16)
+        assert like(along, flat), "the numbers of two keys should be independent: hash key and token together"
+    fine = (uniform(keys[:1], torch.arange(4096)[None]) * 2**30).long()
+    assert fine.unique().numel() > 4090, "all tokens should have numbers of their own, close ones too"
+    alone = uniform(keys[7:9].flip(0), tokens.flip(0).expand(2, 4))
+    assert torch.equal(alone, u[7:9].flip(0, 1)), "a number should depend on its own key and token, on nothing else"
 
-N = 60_000
-P = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.1, 0.1, 0.4, 0.4]], dtype=torch.float64)  # p_1, p_2
-FIRST = torch.tensor([0.2, 0.3, 0.1, 0.4], dtype=torch.float64)  # q_1
-AFTER = torch.tensor(  # AFTER[t], the target after token t
-    [[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25], [0.0, 0.5, 0.5, 0.0]], dtype=torch.float64
-)
+
+def spread(probs: list[float], tokens: list[int], n: int = N) -> Distribution:
+    """The same distribution n times."""
+    return Distribution(torch.tensor(tokens).expand(n, -1), torch.tensor(probs, dtype=torch.float64).expand(n, -1))
 
 
-def multinomial(probs: torch.Tensor, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.multinomial(probs.flatten(0, -2), 1, generator=generator).view(probs.shape[:-1])
+@exercise_4(2)
+def test_a_token_is_drawn_with_its_probability():
+    probs, tokens = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2], dtype=torch.float64), [3, 0, 4, 2, 1]
+    for scale in (1.0, 0.01, 20.0):
+        drawn = Sampling(1.0).draw(spread((scale * probs).tolist(), tokens), random_keys(N))
+        assert drawn.shape == (N,), "without n, one token should be drawn of each distribution: (...)"
+        counts = torch.bincount(drawn, minlength=5)[torch.tensor(tokens)]
+        assert like(counts, probs), "tokens are not drawn with their probabilities (which may have any sum)"
+    likeliest = Sampling(0.0).draw(spread([1.0, 0.0], [3, 1], 2), None)
+    assert likeliest.tolist() == [3, 3], "at temperature 0 the first token should come, without noise"
+    two = Sampling(0.0).draw(spread([1.0, 0.0, 0.0], [3, 1, 2], 1), None, 2)
+    assert two.tolist() == [[3, 1]], "at temperature 0 the first n tokens should come, without noise"
 
 
-def many_rounds() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """N rounds of two drafts: drafts (N, 2), n_accepted (N,), next_token (N,)."""
-    draft_probs = P.expand(N, -1, -1)
-    drafts = multinomial(draft_probs, seed=0)
-    target_probs = torch.cat([FIRST.expand(N, 1, -1), AFTER[drafts]], dim=1)
-    return drafts, *speculative_accept(drafts, draft_probs, target_probs, torch.Generator().manual_seed(1))
+@exercise_4(2)
+def test_the_same_noise_makes_similar_distributions_draw_the_same_token():
+    p, q, keys = [0.5, 0.3, 0.1, 0.1], [0.3, 0.35, 0.3, 0.05], random_keys(N)
+    first = Sampling(1.0).draw(spread(p, [0, 1, 2, 3]), keys)
+    order = [2, 0, 3, 1]
+    again = Sampling(1.0).draw(spread([p[i] for i in order], order), keys)
+    assert torch.equal(first, again), "the noise is a token's own: it should not matter where in the list a token is"
+    other = Sampling(1.0).draw(spread([q[i] for i in order], order), keys)
+    agree = sum(1 / sum(max(p[y] / p[x], q[y] / q[x]) for y in range(4)) for x in range(4))
+    counts = torch.bincount((first == other).long(), minlength=2)
+    expected = torch.tensor([1 - agree, agree], dtype=torch.float64)
+    assert like(counts, expected), "in a race with one noise, p and q should draw the same token as often as can be"
+
+
+@exercise_4(1)
+def test_n_tokens_are_drawn_without_replacement():
+    probs, tokens = [0.5, 0.3, 0.2], [2, 0, 1]
+    drawn, keys = Sampling(1.0).draw(spread(probs, tokens), random_keys(N), 2), random_keys(N)
+    assert drawn.shape == (N, 2), "n tokens should be drawn of each distribution: (..., n)"
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    for (i, first), (j, second) in product(enumerate(tokens), repeat=2):
+        if i != j:
+            expected[first, second] = probs[i] * probs[j] / (1 - probs[i])
+    counts = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9)
+    assert like(counts, expected.flatten()), "n tokens should be those that win the race, the second, and so on"
+    assert torch.equal(drawn[:, 0], Sampling(1.0).draw(spread(probs, tokens), keys)), "the first of n: the one of one"
+
+
+# 5. The acceptance rule
+
+
+def slow_reject(draft: int, p: torch.Tensor, q: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """One test, with p and q (V,): the probability to accept, and the residual."""
+    p = p / p.sum() if p.sum() > 0 else p
+    if p[draft] == 0:
+        return 0.0, q
+    residual = (q - p).clamp(min=0)
+    return min(1.0, float(q[draft] / p[draft])), residual / residual.sum() if residual.sum() > 0 else q
+
+
+def grade_reject(message: str, p: torch.Tensor, tokens: torch.Tensor, probs: torch.Tensor, what: Sequence[str]) -> None:
+    """One call for drafts of all kinds, against one test after the other. p (B, n, V), tokens and probs (B, n, K)."""
+    n_batch, n, vocab_size = p.shape
+    drafts = torch.randint(vocab_size, (n_batch, n), generator=torch.Generator().manual_seed(0))
+    u, q = random(n_batch, n, seed=5), Distribution(tokens, probs)
+    given = p.clone(), probs.clone()
+    accepted, residual, rest = reject(drafts, p, q, u)
+    assert torch.equal(p, given[0]) and torch.equal(probs, given[1]), "p and q, as they were given, should not change"
+    assert accepted.shape == (n_batch, n) and residual.shape == probs.shape and rest.shape == p.shape, (
+        "reject should return (B, n), (B, n, K) and (B, n, V)"
+    )
+    for b, i in product(range(n_batch), range(n)):
+        probability, left = slow_reject(drafts[b, i], p[b, i], q.dense(vocab_size)[b, i])
+        if "accepted" in what:
+            assert accepted[b, i] == (u[b, i] < probability), message
+        if "residual" in what:
+            assert close(residual[b, i], left[tokens[b, i]], 1e-9), message
+        if "rest" in what:
+            expected = p[b, i].clone()
+            expected[drafts[b, i]] = 0
+            assert close(rest[b, i] / rest[b, i].sum(), expected / expected.sum(), 1e-9), message
+
+
+def dense_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """p (60, 3, 5), and q of all tokens in their order."""
+    p, q = random(60, 3, 5, seed=1) ** 3, random(60, 3, 5, seed=2) ** 3
+    return p / p.sum(-1, keepdim=True), torch.arange(5).expand(60, 3, 5), q / q.sum(-1, keepdim=True)
 
 
 @exercise_5(2)
-def test_when_all_drafts_are_kept_the_bonus_comes_from_the_last_target():
-    eye = torch.eye(4)
-    drafts = torch.tensor([[1, 2], [0, 3]])
-    target_probs = torch.cat([eye[drafts], eye[torch.tensor([[3], [1]])]], dim=1)
-    n_accepted, next_token = speculative_accept(drafts, eye[drafts], target_probs)
-    assert n_accepted.tolist() == [2, 2], "where p = q all drafts should be kept"
-    assert next_token.tolist() == [3, 1], "all drafts kept: one more token, the bonus, should come from q_{L+1}"
+def test_a_draft_is_accepted_with_the_ratio_of_its_probabilities():
+    message = "a draft d should be accepted where u < min(1, q(d) / p(d)), each with its own u, p and q"
+    grade_reject(message, *dense_case(), what=["accepted"])
+    p = torch.tensor([[[0.5, 0.25, 0.25]]], dtype=torch.float64)
+    q, largest = Distribution(torch.arange(3)[None, None], p), torch.full((1, 1), 1 - 2.0**-53, dtype=torch.float64)
+    assert reject(torch.tensor([[1]]), p, q, largest)[0].all(), "where p = q all drafts should be accepted"
 
 
 @exercise_5(2)
-def test_greedy_keeps_drafts_up_to_the_first_that_the_target_would_not_choose():
-    drafts = torch.tensor([[1, 2, 0], [1, 3, 0], [0, 2, 0]])
-    target_probs = torch.eye(4)[torch.tensor([1, 2, 0, 3]).expand(3, -1)]
-    n_accepted, next_token = speculative_accept(drafts, torch.full((3, 3, 4), 0.25), target_probs)
-    assert n_accepted.tolist() == [3, 1, 0], "nothing behind the first rejection may be kept, even if it fits"
-    assert next_token.tolist() == [3, 2, 1], "the correction should come from the target at the first rejected draft"
-
-
-@exercise_5(2)
-def test_a_draft_is_kept_with_the_expected_probability():
-    _, n_accepted, _ = many_rounds()
-    first = torch.minimum(P[0], FIRST)
-    second = (first[:, None] * torch.minimum(P[1], AFTER)).sum()
-    expected = torch.stack([1 - first.sum(), first.sum() - second, second])
-    counts = torch.bincount(n_accepted, minlength=3)
-    assert like(counts, expected), "draft d_i should be kept with probability min(1, q_i(d_i) / p_i(d_i))"
-
-
-@exercise_5(3)
-def test_the_correction_comes_from_the_residual():
-    _, n_accepted, next_token = many_rounds()
-    residual = (FIRST - P[0]).clamp(min=0)
-    counts = torch.bincount(next_token[n_accepted == 0], minlength=4)
-    assert like(counts, residual / residual.sum()), "after a rejection: draw from normalize(max(0, q - p)), not from q"
-
-
-@exercise_5(2)
-def test_what_comes_out_has_the_targets_distribution():
-    drafts, n_accepted, next_token = many_rounds()
-    texts = torch.zeros(N, 3, dtype=torch.int64)
-    for i in range(3):  # what was kept, then the next token, then as plain decoding goes on
-        going_on = multinomial(AFTER[texts[:, i - 1]], seed=2 + i)
-        made = torch.where(n_accepted == i, next_token, drafts[:, i] if i < 2 else 0)
-        texts[:, i] = torch.where(i <= n_accepted, made, going_on)
-    counts = torch.bincount(texts[:, 0] * 16 + texts[:, 1] * 4 + texts[:, 2], minlength=64)
-    expected = FIRST[:, None, None] * AFTER[:, :, None] * AFTER[None]
-    assert like(counts, expected.flatten()), "what was kept and the next token do not have the target's distribution"
+def test_what_is_left_of_q_is_the_residual():
+    message = "the residual should be normalize(max(0, q - p)), at each place its own"
+    grade_reject(message, *dense_case(), what=["residual"])
 
 
 @exercise_5(1)
-def test_a_residual_of_zeros_falls_back_to_the_target():
-    p = torch.tensor([0.0, 0.5, 0.5, 0.0]).expand(200, 1, -1)
-    target_probs = torch.cat([p / 2, p], dim=1)  # as if rounding had made q a little smaller than p, but more so
-    drafts = torch.ones(200, 1, dtype=torch.int64)
-    _, next_token = speculative_accept(drafts, p, target_probs, torch.Generator().manual_seed(0))
-    assert ((next_token == 1) | (next_token == 2)).all(), "where q - p leaves nothing (rounding), draw from q"
+def test_what_is_left_of_p_is_p_without_the_draft():
+    grade_reject("p without the draft should be p with 0 there", *dense_case(), what=["rest"])
 
 
-# 6 and 7. Decoding
+@exercise_5(2)
+def test_q_may_list_its_tokens_in_any_order_and_p_may_have_any_sum():
+    p, tokens, _ = dense_case()
+    probs = random(60, 3, 3, seed=3)
+    tokens, probs = shuffled(60, 3, 5)[..., :3], probs / probs.sum(-1, keepdim=True)
+    message = "q.probs are of q.tokens, K of V in any order: find the draft there, and p of these tokens"
+    grade_reject(message, p, tokens, probs, what=["accepted", "residual"])
+    message = "p need not be normalised: it is what siblings tested before have left"
+    grade_reject(message, p * 10 * random(60, 3, 1, seed=4), tokens, probs, what=["accepted", "residual", "rest"])
+
+
+@exercise_5(1)
+def test_a_draft_that_was_never_drawn_leaves_q_as_it_is():
+    p, tokens, probs = dense_case()
+    p = torch.where(random(*p.shape, seed=6) < 0.5, p, 0.0)
+    p[0] = 0
+    grade_reject("a draft with p of 0 should not be accepted, and leave q as it is", p, tokens, probs,
+                 what=["accepted", "residual"])  # fmt: skip
+
+
+@exercise_5(1)
+def test_a_residual_of_zeros_is_q():
+    p = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64).expand(60, 3, -1)  # which sum to 1 exactly
+    given = Distribution(torch.arange(4).expand(60, 3, -1), p)
+    accepted, residual, _ = reject(given.tokens[..., 1], p, given, random(60, 3))
+    assert accepted.all(), "where p = q all drafts should be accepted"
+    assert residual.isfinite().all() and close(residual, p), "where q - p leaves nothing, q should be left"
+
+
+@exercise_5(1)
+def test_accepted_drafts_and_the_residual_add_up_to_q():
+    n = 2000  # values of u, evenly spaced
+    u = ((torch.arange(n).double() + 0.5) / n).expand(5, n)
+    p, q = torch.tensor([[0.5, 0.2, 0.2, 0.1, 0.0], [0.1, 0.3, 0.1, 0.2, 0.3]], dtype=torch.float64)
+    drafts, given = (
+        torch.arange(5)[:, None].expand(5, n),
+        Distribution(torch.arange(5).expand(5, n, 5), q.expand(5, n, 5)),
+    )
+    accepted, residual, _ = reject(drafts, p.expand(5, n, 5), given, u)
+    made = torch.where(accepted[..., None], torch.eye(5).double()[drafts], residual).mean(1)  # (draft, token)
+    assert close((p[:, None] * made).sum(0), q, 2e-3), "drafts from p, accepted or replaced, should be distributed as q"
+
+
+# 6. Acceptance along a tree
+
+CPU = torch.device("cpu")
+FORKED = DraftTree((0, 0, 0, 1, 1, 2, 4))
+
+
+class Pointed(Sampling):
+    """Draws the token in the slot that the key names: what is drawn is known beforehand."""
+
+    def draw(self, given: Distribution, key: torch.Tensor, n: int | None = None) -> torch.Tensor:
+        return given.tokens.gather(-1, key[..., None]).squeeze(-1)
+
+
+def children(drafts: DraftTree, node: int) -> list[int]:
+    return [i for i, parent in enumerate(drafts.parents, 1) if parent == node]
+
+
+def way(drafts: DraftTree, node: int) -> list[int]:
+    """The nodes from the root to this one."""
+    return ancestors([CACHE_END, *drafts.parents], node)
+
+
+def random_drafts(drafts: DraftTree, n_batch: int, vocab_size: int) -> torch.Tensor:
+    """Tokens (B, N); those of siblings differ."""
+    return torch.stack([
+        shuffled(n_batch, vocab_size, seed=parent)[:, rank]
+        for parent, rank in zip(drafts.parents, drafts.rank, strict=True)
+    ], dim=1) if drafts.parents else torch.zeros(n_batch, 0, dtype=torch.int64)  # fmt: skip
+
+
+def grade_coupled(drafts: DraftTree) -> None:
+    n_batch, n_nodes = 300, len(drafts.depth)
+    tokens = random_drafts(drafts, n_batch, 4)
+    q = Distribution(shuffled(n_batch, n_nodes, 4, seed=7), torch.full((n_batch, n_nodes, 4), 0.25).double())
+    keys = torch.randint(4, (3, n_batch, n_nodes), generator=torch.Generator().manual_seed(0))
+    last, next_token = accept(Shape(drafts).on(CPU), Drafts(tokens), q, Pointed(1.0), keys)
+    assert last.shape == next_token.shape == (n_batch,), "the last accepted node and the next token should be (B,)"
+    for b in range(n_batch):
+        node = 0
+        while True:
+            token = int(q.tokens[b, node, keys[TARGET, b, node]])
+            right = [child for child in children(drafts, node) if tokens[b, child - 1] == token]
+            if not right:
+                break
+            (node,) = right
+        assert last[b] == node, (
+            "coupled: a draft is accepted if it is what the target draws after its parent, with the TARGET noise of "
+            "that place, and its parent is accepted too; the root always is"
+        )
+        assert next_token[b] == token, "the next token is what the target draws after the last accepted node"
+
+
+@exercise_6(3)
+def test_the_coupled_rule_accepts_what_the_target_draws():
+    for drafts in (DraftTree(), chain(3), FORKED):
+        grade_coupled(drafts)
+
+
+@exercise_6(1)
+def test_the_greedy_rule_accepts_up_to_the_first_wrong_draft():
+    q = Distribution(torch.tensor([[[3], [2], [4]], [[1], [2], [4]]]), torch.ones(2, 3, 1).double())
+    for tokens, n_accepted, expected in (([3, 2], 2, 4), ([3, 0], 1, 2), ([0, 2], 0, 3)):
+        drafts = Drafts(torch.tensor([tokens, [0, 0]]))
+        keys = torch.zeros(3, 2, 3, dtype=torch.int64)
+        last, next_token = accept(Shape(chain(2)).on(CPU), drafts, q, Sampling(), keys)
+        assert last.tolist() == [n_accepted, 0], "nothing after the first wrong draft may be accepted, even if it fits"
+        assert next_token.tolist() == [expected, 1], "the next token is the target's after the last accepted draft"
+
+
+def law(drafts: DraftTree, tokens: list[int], p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """The probability of each (last accepted node, next token), (1 + N, V), under the rejection rule."""
+    result = torch.zeros_like(q)
+
+    def visit(node: int, reached: float) -> None:
+        left, p_left = q[node], p[node].clone()
+        for child in children(drafts, node):
+            probability, residual = slow_reject(tokens[child - 1], p_left, left)
+            visit(child, reached * probability)
+            reached, left = reached * (1 - probability), residual
+            p_left[tokens[child - 1]] = 0
+        result[node] += reached * left
+
+    visit(0, 1.0)
+    return result
+
+
+def grade_rejection(drafts: DraftTree, message: str) -> None:
+    n_nodes, vocab_size = len(drafts.depth), 6
+    share = torch.linspace(0.1, 0.9, n_nodes).double()[:, None]  # each node has its own p and q
+    p = torch.cat([torch.tensor([[0.3, 0.25, 0.2, 0.15]] * n_nodes).double(), 0.1 * share, 0.1 * (1 - share)], dim=1)
+    q = torch.cat([torch.tensor([[0.1, 0.3, 0.0, 0.2]] * n_nodes).double(), 0.4 * (1 - share), 0.4 * share], dim=1)
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    listed = torch.tensor([3, 0, 5, 1, 4]).expand(n_nodes, -1)  # not token 2, which has a q of 0
+    for by_rank in ((0, 3, 5), (1, 3, 4)):
+        tokens = torch.tensor([by_rank[rank] for rank in drafts.rank])
+        given = Distribution(listed.repeat(N, 1, 1), q.gather(-1, listed).repeat(N, 1, 1))
+        proposed = Drafts(tokens.expand(N, -1), p.repeat(N, 1, 1))
+        before = given.probs.clone(), proposed.p.clone()
+        keys = random_keys(3, N, n_nodes)
+        last, next_token = accept(Shape(drafts).on(CPU), proposed, given, Sampling(1.0), keys)
+        unchanged = torch.equal(given.probs, before[0]) and torch.equal(proposed.p, before[1])
+        assert unchanged, "p and q, as they were given, should not change"
+        counts = torch.bincount(last * vocab_size + next_token, minlength=n_nodes * vocab_size).view(n_nodes, -1)
+        expected = law(drafts, tokens.tolist(), p, q)
+        assert like(counts.sum(1), expected.sum(1)), f"{message} are not accepted as often as they should be"
+        assert like(counts.flatten(), expected.flatten()), (
+            f"{message}: the next token should come from what is left of q after the last accepted node: the residual "
+            "after a rejection, q itself after a leaf"
+        )
+
+
+@exercise_6(4)
+def test_the_rejection_rule_along_a_chain():
+    grade_rejection(chain(1), "one draft under the rejection rule")
+    grade_rejection(chain(3), "drafts of a chain under the rejection rule")
+
+
+@exercise_6(4)
+def test_the_rejection_rule_in_a_tree_tests_siblings_one_after_the_other():
+    grade_rejection(DraftTree((0, 0, 0)), "siblings under the rejection rule")
+    grade_rejection(FORKED, "drafts of a tree under the rejection rule")
+
+
+# 7. The turn
+
+PARTIAL = DraftTree((0, 0, 1, 1, 2), groups=(2, 1, 0, 1, 2, 0))  # not all groups are complete
+PROMPTS = [[1, 2, 3], [4], [6, 5, 0, 2, 2, 1]]
+
+
+@dataclass(frozen=True)
+class Given(Method):
+    """A method whose shapes are given: first look-ahead tokens alone, then always the same shape."""
+
+    shape: Shape
+    rule: str = COUPLED
+    copied: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def largest(self) -> tuple[Shape, ...]:
+        return (self.shape,)
+
+    def schedule(self, texts: Texts) -> Iterator[tuple[Shape, list[list[int]] | None]]:
+        copied = None if self.copied is None else [list(drafts) for drafts in self.copied]
+        return in_turn([(Shape(n_lookahead=self.shape.n_lookahead), None)], repeat((self.shape, copied)))
+
+
+SHAPES = [Shape(), Shape(chain(1), 1), Shape(chain(3), 3), Shape(FORKED, 3), Shape(PARTIAL, 2)]
 
 
 @torch.no_grad()
@@ -357,119 +685,247 @@ def plain_greedy(model: GPT, prompt: list[int], n_new: int) -> list[int]:
     return text[len(prompt) :]
 
 
-def grade_greedy(method: str) -> None:
-    prompts = [[1, 2, 3], [4], [6, 5, 0, 2, 2, 1]]
-    for lookahead in (1, 3):
-        for n_new in (1, 2, 17):
-            expected = [plain_greedy(tiny_model(), prompt, n_new) for prompt in prompts]
-            for prompt, text in zip(prompts, expected, strict=True):
-                alone = generate(tiny_model(), prompt, n_new, method=method, lookahead=lookahead).tokens[0]
-                assert len(alone) == n_new, f"{n_new} new tokens asked for, {len(alone)} emitted: when does it stop?"
-                assert alone == text, "the greedy text should equal plain decoding's: what is kept in the cache?"
-            together = generate(tiny_model(), prompts, n_new, method=method, lookahead=lookahead).tokens
-            assert together == expected, "right alone, wrong in a batch: each prompt keeps its own number of rows"
+def turns(
+    shape: Shape, prompt: list[int], n_new: int = 24, rule: str = REJECTION, temperature: float = 0.7, seed: int = 0
+):
+    """The turns of one text, each with the text before it."""
+    text = list(prompt)
+    engine = Engine(tiny_model(), Given(shape, rule), Sampling(temperature))
+    for turn in engine.stream(prompt, n_new, seed=seed):
+        yield list(text), turn
+        text += turn.tokens[0]
 
 
-def grade_counts(method: str, passes_each: int, n_free: int) -> None:
-    """Each round but the last of a long text: passes_each passes, n_free tokens, those kept, and one more."""
-    calls = []
-    hook = tiny_model().register_forward_hook(lambda *_: calls.append(1))
-    try:
-        rounds = list(stream(tiny_model(), [1, 2, 3], 24, method=method, lookahead=3))
-    finally:
-        hook.remove()
-    assert len(calls) <= passes_each * len(rounds), f"a round should need {passes_each} pass(es) of the model"
-    assert sum(len(record.passes) for record in rounds) == len(calls), "each pass should go through decoder.forward"
-    for record in [record for record in rounds if record.drafts is not None][:-1]:
-        n_drafts, n_accepted = record.drafts.shape[1], record.n_accepted[0]
-        last = BONUS if n_accepted == n_drafts else CORRECTED
-        assert record.origins[0] == [FREE] * n_free + [ACCEPTED] * n_accepted + [last], (
-            f"a round should emit {n_free} free tokens, those kept, and one more: what was kept, and what is emitted?"
-        )
-    kept = {record.n_accepted[0] for record in rounds if record.drafts is not None}
-    assert len(kept) > 1, "of these drafts some should be kept and some not"
+def drafts_on_the_way(turn: Turn, node: int) -> list[int]:
+    tokens = turn.result.drafts.tokens[0].tolist()
+    return [tokens[i - 1] for i in way(turn.shape.tree, node)[1:]]
 
 
+@exercise_7(3)
+def test_greedy_text_equals_plain_decodings():
+    for n_new in (1, 2, 17):
+        expected = [plain_greedy(tiny_model(), prompt, n_new) for prompt in PROMPTS]
+        for shape in SHAPES:
+            engine = Engine(tiny_model(), Given(shape))
+            for prompt, text in zip(PROMPTS, expected, strict=True):
+                alone = engine.generate(prompt, n_new).tokens[0]
+                assert alone == text, f"greedy text is not plain decoding's ({shape}): what is in the cache?"
+            together = engine.generate(PROMPTS, n_new).tokens
+            assert together == expected, "right alone, wrong in a batch: each text has its own length and last node"
+
+
+@exercise_7(2)
+def test_a_turn_is_one_pass_and_emits_what_was_accepted_and_one_more_token():
+    for shape in SHAPES[1:]:
+        calls, n_accepted = [], set()
+        hook = tiny_model().ln_f.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        first_block = tiny_model().h[0].register_forward_hook(lambda *_, calls=calls: calls.append(0))
+        try:
+            for text, turn in turns(shape, PROMPTS[0]):
+                passes = calls.count(0) - (not n_accepted)  # less the prefill
+                calls.clear()
+                assert passes == 1, f"a turn should be one pass of the model, not {passes}"
+                if turn.shape == shape:
+                    made = [*drafts_on_the_way(turn, turn.last[0]), int(turn.result.handed.root)]
+                    assert turn.tokens[0] == made, (
+                        "what is emitted should be the drafts on the way to the last accepted node, and the next root: "
+                        "look at `for_host`, the last node and the order of the drafts there"
+                    )
+                    assert int(turn.result.last) == turn.last[0], "`last` and for_host should name the same node"
+                    assert turn.n_accepted[0] == turn.shape.tree.depth[turn.last[0]], "for_host: drafts accepted, first"
+                assert int(turn.result.handed.before) == [*text, *turn.tokens[0]][-2], (
+                    "`before` should be the token before the next root: the last accepted draft, or this turn's root"
+                )
+                n_accepted.add(turn.n_accepted[0])
+        finally:
+            hook.remove()
+            first_block.remove()
+        assert len(n_accepted) > 1, "of these drafts some should be accepted and some not"
+
+
+@exercise_7(3)
 @torch.no_grad()
-def grade_distributions(method: str, n_free: int) -> None:
-    """Each round's p and q against plain passes over the whole text."""
-    model, text = tiny_model(), [1, 2, 3]
-    settings = {"method": method, "lookahead": 3, "temperature": 0.7, "generator": torch.Generator().manual_seed(0)}
-    for record in stream(model, text, 24, **settings):
-        if record.drafts is not None:
-            context, drafts = text + record.tokens[0][:n_free], record.drafts[0].tolist()
-            logits = model(torch.tensor([context + drafts]))[:, len(context) - 1 :]
-            assert close(record.target_probs, (logits / 0.7).softmax(-1)), (
-                "the target probabilities are not the model's: are all kept rows in the cache, and no others?"
-            )
-            ids = [model.config.vocab_size + i for i in range(len(drafts))]
-            logits = model(torch.tensor([context[:-1] + ids]))[:, len(context) - 1 :]
-            assert close(record.draft_probs, (logits / 0.7).softmax(-1)), (
-                "draft_probs are not what the look-ahead rows behind the kept text give: which rows did you read?"
-            )
-        text = text + record.tokens[0]
+def test_targets_come_from_the_row_of_each_node():
+    for shape, seed in product(SHAPES[2:], range(2)):
+        for text, turn in turns(shape, PROMPTS[seed], seed=seed):
+            q = turn.result.q.dense(7)[0]
+            for node in range(len(turn.shape.tree.depth)):
+                logits = tiny_model()(torch.tensor([text + drafts_on_the_way(turn, node)]))[0, -1]
+                assert close(q[node], (logits / 0.7).softmax(-1)), (
+                    f"q after node {node} is not what the model gives after the text and the drafts on the way there: "
+                    "which rows did you read, and does the cache hold all accepted rows, in their order, and no others?"
+                )
 
 
+@exercise_7(3)
 @torch.no_grad()
-def grade_sampling(method: str) -> None:
-    model, n_texts = tiny_model(4), 8000
+def test_the_next_drafts_come_from_the_group_of_the_last_accepted_node():
+    for shape, seed in product(SHAPES[1:], range(2)):
+        ends = set()
+        for text, turn in turns(shape, PROMPTS[seed], seed=seed):
+            lengths, last = turn.shape.tree.lengths(turn.shape.n_lookahead), turn.last[0]
+            if turn.shape.n_lookahead:
+                there = text + drafts_on_the_way(turn, last) if lengths[last] else text  # no group: the root's instead
+                n_lookahead, n_text = lengths[last] or lengths[0], len(there)
+                logits = tiny_model()(torch.tensor([there]), causal(n_text, n_lookahead))[0, n_text:]
+                expected = logits[[min(i, n_lookahead - 1) for i in range(turn.shape.n_lookahead)]]
+                given = tiny_model().logits(turn.result.handed.hidden)[0]
+                assert close(given, expected), (
+                    f"handed.hidden after node {last} of {turn.shape}: these are not the states of the look-ahead rows "
+                    "after the last accepted node (group_rows)"
+                )
+                ends.add((last, len(lengths)))
+        assert len(ends) > 1, "these turns should end at several nodes"
+    for shape in SHAPES[1:]:
+        engine = Engine(tiny_model(), Given(shape, REJECTION), Sampling(0.7))
+        together = [text[:12] for text in engine.generate(PROMPTS, 16, seed=4).tokens]  # the end is cut to fit
+        alone = [engine.generate(prompt, 16, seed=4 + b).tokens[0][:12] for b, prompt in enumerate(PROMPTS)]
+        assert together == alone, "right alone, wrong in a batch: each text has its own last accepted node"
+
+
+@exercise_7(1)
+def test_copied_drafts_are_verified():
+    right = plain_greedy(tiny_model(), PROMPTS[0], 16)
+    copied = (tuple(right[1:4]), (-1, -1, -1))
+    stream = Engine(tiny_model(), Given(Shape(chain(3), 3), copied=copied)).stream([PROMPTS[0], PROMPTS[2]], 16)
+    first, second = islice(stream, 2)
+    assert second.result.drafts.tokens[0].tolist() == right[1:4], "copied drafts should be those that are verified"
+    assert second.n_accepted[0] == 3, "copied drafts that are right should be accepted"
+    there = Engine(tiny_model(), Given(Shape(chain(3), 3))).stream(PROMPTS[2], 16)
+    _, alone = islice(there, 2)
+    own = second.result.drafts.tokens[1].tolist() == alone.result.drafts.tokens[0].tolist()
+    assert own, "where `copied` is -1, a text should keep its own drafts"
+
+
+@exercise_7(1)
+def test_an_ended_text_stays_as_it_is():
+    for shape in (Shape(chain(2), 2), Shape(PARTIAL, 2)):
+        decoder = Decoder([tiny_model()], Sampling(), COUPLED, 2, 40)
+        with torch.no_grad():
+            handed = decoder.begin([[1, 2, 3], [4, 5]], [0, 0], [0, 0])
+            decoder.set_active([1])
+            for n in range(3):
+                handed = decoder.turn(shape, handed).handed
+                lengths = decoder.cache.length.tolist()
+                assert lengths[0] == 2, "the cache of a text that has ended (`active`) should stay as long as it is"
+                assert lengths[1] > 1 + n, "the cache should grow by the root and the accepted drafts"
+
+
+@exercise_7(2)
+def test_under_the_coupled_rule_a_seed_is_a_text_whatever_the_shape():
+    for temperature in (0.7, 1.5):
+        plain = Engine(tiny_model(), Given(Shape()), Sampling(temperature))
+        expected = plain.generate(PROMPTS, 20, seed=[5, 9, 2]).tokens
+        for shape in SHAPES:
+            engine = Engine(tiny_model(), Given(shape), Sampling(temperature))
+            together = engine.generate(PROMPTS, 20, seed=[5, 9, 2]).tokens
+            assert together == expected, (
+                f"{shape}: a seed should give the text that it gives without drafts: is the noise after each node that "
+                "of its place in the text?"
+            )
+        assert engine.generate(PROMPTS, 20, seed=3).tokens != expected, "another seed should give another text"
+
+
+@exercise_7(1)
+@torch.no_grad()
+def test_sampled_texts_have_the_targets_distribution():
+    model, n_texts = tiny_model(4), 2000
     expected = torch.ones(1, dtype=torch.float64)
     texts = torch.tensor([[1, 2]])
     for _ in range(4):
         expected = (expected[:, None] * model(texts)[:, -1].softmax(-1)).flatten()
         texts = torch.cat([texts.repeat_interleave(4, 0), torch.arange(4).repeat(len(texts))[:, None]], dim=1)
-    generator = torch.Generator().manual_seed(0)
-    settings = {"method": method, "lookahead": 2, "temperature": 1.0, "generator": generator}
-    tokens = torch.tensor(generate(model, [[1, 2]] * n_texts, 4, **settings).tokens)
-    for i in range(3):  # the joint distribution of each two neighbours, summed over the others
-        others = [axis for axis in range(4) if axis not in (i, i + 1)]
-        counts = torch.bincount(tokens[:, i] * 4 + tokens[:, i + 1], minlength=16)
-        assert like(counts, expected.view(4, 4, 4, 4).sum(others).flatten()), (
-            "sampled texts do not have the target's distribution: are drafts drawn from the very p that is tested?"
+    for rule, shape in product((COUPLED, REJECTION), (Shape(chain(2), 2), Shape(DraftTree((0, 0, 1)), 2))):
+        engine = Engine(model, Given(shape, rule), Sampling(1.0))
+        tokens = torch.tensor(engine.generate([[1, 2]] * n_texts, 4).tokens)
+        for i in range(3):  # the joint distribution of each two neighbours, summed over the others
+            others = [axis for axis in range(4) if axis not in (i, i + 1)]
+            counts = torch.bincount(tokens[:, i] * 4 + tokens[:, i + 1], minlength=16)
+            assert like(counts, expected.view(4, 4, 4, 4).sum(others).flatten()), (
+                f"{rule}: sampled texts do not have the target's distribution: which noise, which p, which q?"
+            )
+
+
+# 8. Schedules
+
+
+def begun(*texts: list[int]) -> Texts:
+    """Texts whose first turn is to come."""
+    begun = Texts(list(texts), 100, None, 0, tiny_model().config)
+    begun.begin_window(with_ended=False)
+    return begun
+
+
+def told(turns: Iterator, n: int = 1) -> list[tuple]:
+    """Of the first n turns: the parents of the tree, the look-ahead tokens after each node and at most, the copies."""
+    turns = islice(turns, n)
+    return [
+        (list(shape.tree.parents), shape.tree.lengths(shape.n_lookahead), shape.n_lookahead, copied)
+        for shape, copied in turns
+    ]
+
+
+@exercise_8(2)
+def test_algorithm_1_drafts_then_verifies():
+    for n in (1, 3):
+        turns = told(TwoPass(n).schedule(begun([1, 2])), 5)
+        draft, verify = ([], [n], n, None), (list(range(n)), [0] * (n + 1), 0, None)
+        assert turns[0] == draft, "the first turn should verify nothing and look ahead with L tokens"
+        assert turns[1] == verify, "the second turn should verify a chain of L drafts and not look ahead"
+        assert turns == [draft, verify, draft, verify, draft], "drafting and verifying should alternate without an end"
+
+
+@exercise_8(2)
+def test_a_fused_turn_verifies_what_the_one_before_looked_ahead_for():
+    for drafts in (chain(1), chain(3), FORKED, PARTIAL):
+        depth = max(drafts.depth)
+        first, *others = told(fused(begun([1, 2]), repeat(drafts), 0), 4)
+        assert first == ([], [depth], depth, None), "the first turn has no drafts, and looks ahead already"
+        expected = list(drafts.parents), list(drafts.groups or [depth] * len(drafts.depth)), depth, None
+        assert others == [expected] * 3, "each turn should verify the tree, and look ahead as deep as it is"
+    assert told(fused(begun([1]), repeat(chain(0)), 0), 2) == [([], [0], 0, None)] * 2, "0 drafts is plain decoding"
+
+
+@exercise_8(1)
+def test_trees_may_change_from_turn_to_turn():
+    given, taken = [chain(2), FORKED, chain(1), PARTIAL, chain(3)], []
+
+    def trees() -> Iterator[DraftTree]:
+        for drafts in given:
+            taken.append(drafts)
+            yield drafts
+
+    schedule, depth_before = fused(begun([1, 2]), trees(), 0), 0
+    for n, drafts in enumerate(given, 1):
+        depth, n_nodes = max(drafts.depth), sum(depth <= depth_before for depth in drafts.depth)
+        ((parents, lengths, n_lookahead, _),) = told(schedule)
+        assert parents == list(drafts.parents[: n_nodes - 1]), (
+            "a turn can verify a tree only as deep as the turn before looked ahead: cut it"
         )
+        expected = list(drafts.groups or [depth] * len(drafts.depth))[:n_nodes]
+        assert (lengths, n_lookahead) == (expected, depth), "a turn should look ahead as deep as its tree is, uncut"
+        assert len(taken) == n, "a turn's tree should be taken when the turn comes: it may depend on the turn before"
+        depth_before = depth
 
 
-@exercise_6(4)
-def test_two_pass_greedy_text_equals_plain_decoding():
-    grade_greedy("pass-two-pass")
+@exercise_8(1)
+def test_drafts_are_copied_where_a_text_repeats_itself():
+    texts = begun([1, 2, 3, 1, 2], [4, 5, 6, 0])
+    schedule = fused(texts, repeat(chain(2)), 4)
+    (turn,) = told(schedule)
+    assert turn[3] == [[3, 1, 2, 3], [-1] * 4], "copied_drafts should give the drafts, from an index for each text"
+    assert turn[:3] == ([0, 1, 2, 3], [2, 0, 0, 0, 0], 2), (
+        "copied drafts are verified in a shape of their own, copied_shape"
+    )
+    texts.texts[0].append(6), texts.texts[1].append(3)
+    assert told(schedule) == [([0, 1], [2] * 3, 2, None)], "where no text repeats itself, the tree should be verified"
+    texts.texts[1].append(0)
+    (turn,) = told(schedule)
+    assert turn[3] == [[-1] * 4, [3, 0, 3, 0]], "each turn should copy from the texts as they are by then"
+    assert told(fused(texts, repeat(chain(2)), 0))[0][3] is None, "lookup 0: nothing should be copied"
 
 
-@exercise_6(3)
-def test_a_two_pass_round_emits_two_more_tokens_than_it_keeps():
-    grade_counts("pass-two-pass", passes_each=2, n_free=1)
-
-
-@exercise_6(4)
-def test_two_pass_drafts_and_targets_come_from_the_right_rows():
-    grade_distributions("pass-two-pass", n_free=1)
-
-
-@exercise_6(3)
-def test_two_pass_texts_have_the_targets_distribution():
-    grade_sampling("pass-two-pass")
-
-
-@exercise_7(4)
-def test_fused_greedy_text_equals_plain_decoding():
-    grade_greedy("pass")
-
-
-@exercise_7(4)
-def test_a_fused_round_is_one_pass_and_emits_one_more_token_than_it_keeps():
-    grade_counts("pass", passes_each=1, n_free=0)
-
-
-@exercise_7(5)
-def test_fused_drafts_come_from_the_group_behind_what_was_kept():
-    grade_distributions("pass", n_free=0)
-
-
-@exercise_7(3)
-def test_fused_texts_have_the_targets_distribution():
-    grade_sampling("pass")
-
-
-# 8. The look-ahead loss
+# 9. The look-ahead loss
 
 CUTS = np.array([[0, 3], [2, 1]])
 
@@ -488,43 +944,44 @@ def places() -> list[tuple[int, int, int, int]]:
 
 def grade_loss(kind: str, of_one, message: str) -> None:
     drafts, texts, targets = random_logits()
-    expected = torch.zeros(3)
-    for b, g, i, row in places():
-        log_p, log_q = drafts[b, g, i].log_softmax(-1), texts[b, row].log_softmax(-1)
-        expected[i] += of_one(log_p, log_q, targets[b, row]) / 4
-    result = lookahead_loss(kind, drafts, texts, targets, CUTS)
-    assert result.shape == (3,), "the loss should be a mean for each look-ahead position, (L,)"
-    assert close(result, expected, 1e-5), message
+    for dtype in (torch.float32, torch.bfloat16):
+        drafts, texts, expected = drafts.to(dtype), texts.to(dtype), torch.zeros(3)
+        for b, g, i, row in places():
+            log_p, log_q = drafts[b, g, i].float().log_softmax(-1), texts[b, row].float().log_softmax(-1)
+            expected[i] += of_one(log_p, log_q, targets[b, row]) / 4
+        result = lookahead_loss(kind, drafts, texts, targets, CUTS)
+        assert result.shape == (3,), "the loss should be a mean for each look-ahead position, (L,)"
+        assert close(result, expected, 1e-5), message if dtype == torch.float32 else "bfloat16: compute in float32"
 
 
-@exercise_8(3)
-def test_lookahead_row_i_belongs_to_the_text_row_i_behind_its_cut():
+@exercise_9(2)
+def test_lookahead_row_i_belongs_to_the_ith_text_row_after_its_cut():
     per_row = torch.arange(32).view(2, 8, 2)
     picked = rows_after_cuts(per_row, CUTS, 3)
     assert picked.shape == (2, 2, 3, 2), "(B, T, ...) should give (B, G, L, ...)"
     for b, g, i, row in places():
-        assert picked[b, g, i].tolist() == per_row[b, row].tolist(), "[LA]_i behind cut c stands at c + i, i from 1"
+        assert picked[b, g, i].tolist() == per_row[b, row].tolist(), "[LA]_i of cut c is at position c + i, i from 1"
     assert rows_after_cuts(per_row[..., 0], CUTS, 3).shape == (2, 2, 3), "(B, T) should give (B, G, L)"
 
 
-@exercise_8(2)
+@exercise_9(1)
 def test_cross_entropy_with_the_text():
     grade_loss("ce", lambda log_p, log_q, token: -log_p[token], "ce: -log p of the text's token at the same place")
 
 
-@exercise_8(2)
+@exercise_9(2)
 def test_kl_against_the_models_own_distribution():
     message = "kl: KL(q || p) = sum q (log q - log p), q being the model's own distribution at the same place"
     grade_loss("kl", lambda log_p, log_q, token: (log_q.exp() * (log_q - log_p)).sum(), message)
 
 
-@exercise_8(1)
+@exercise_9(1)
 def test_total_variation_is_what_is_not_accepted():
     message = "tv: TV_SCALE x (1 - sum(min(p, q)))"
     grade_loss("tv", lambda log_p, log_q, _: TV_SCALE * (1 - torch.minimum(log_p.exp(), log_q.exp()).sum()), message)
 
 
-@exercise_8(1)
+@exercise_9(1)
 def test_the_target_gets_no_gradient():
     drafts, texts, targets = random_logits()
     for kind in ("kl", "tv"):
@@ -534,7 +991,7 @@ def test_the_target_gets_no_gradient():
         assert text_leaf.grad is None, f"{kind}: the model should not move towards its drafts: detach the target"
 
 
-@exercise_8(1)
+@exercise_9(1)
 def test_training_the_table_alone_lowers_the_loss():
     model = GPT(tiny_model().config).double()
     model.load_state_dict(tiny_model().state_dict())

@@ -1,7 +1,7 @@
-"""CUDA graphs: what a round computes is recorded once and then replayed, without Python and without launches.
+"""CUDA graphs: what a turn computes is recorded once and then replayed, without Python and without launches.
 
-On a GPU a small model's pass takes less time than it takes the host to launch it. Plain decoding and every method of
-PaSS are captured by this one class, so that comparisons stay fair.
+On a GPU a small model's pass takes less time than the host needs to launch it. Plain decoding and every method of PaSS
+are recorded by this one class, so comparisons stay fair.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,18 +16,11 @@ class Graph:
     """A function of tensors as a CUDA graph. What it returns stays in the same memory, replay after replay.
 
     function: must not wait for the device, nor bring anything from the host. state: tensors that it changes in place,
-    put back as they were after it has run to be recorded; generator: of its random numbers, likewise.
+    put back as they were after it has run to be recorded.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        inputs: Sequence[torch.Tensor],
-        state: Sequence[torch.Tensor],
-        generator: torch.Generator,
-    ) -> None:
-        self.inputs = [each.clone() for each in inputs]
-        before, random_before = [each.clone() for each in state], generator.get_state()
+    def __init__(self, function: Callable[..., Any], inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]):
+        self.inputs, before = [each.clone() for each in inputs], [each.clone() for each in state]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -36,9 +29,7 @@ class Graph:
                 for each, value in zip(state, before, strict=True):
                     each.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
-        generator.set_state(random_before)
         self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(generator)
         with torch.cuda.graph(self.graph):
             self.outputs = function(*self.inputs)
 

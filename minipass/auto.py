@@ -1,0 +1,220 @@
+"""Which draft tree? Chosen from how often drafts of each rank are right, and from what rows cost on this machine.
+
+More drafts and more look-ahead tokens save passes, but every row takes time: little where a pass is bound by reading
+weights, much where it is bound by computing. The choice rests on a small model of a generation, `expected_tokens`: it
+may be wrong about speed, never about the text.
+"""
+
+import heapq
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from minipass.decode import Engine, Fused, Method, Schedule, copied_shape, fused
+from minipass.errors import InputError
+from minipass.model import GPT
+from minipass.sampling import COUPLED, Sampling
+from minipass.texts import Texts, Turn
+from minipass.trees import DraftTree, Shape, chain
+
+Accuracy = Sequence[Sequence[float]]  # (L, K): how often the draft of each rank is right at each depth, as evaluated
+N_WARM_UP, MANY_TOKENS = 3, 10_000  # turns that are not timed; more than are made
+MOST_AUTO_LOOKAHEAD = 5  # deeper trees are not worth the time to try them
+SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)  # of the accuracy, for which an AdaptiveTree keeps a tree ready
+PRIOR_TESTS, FORGET = 6.0, 0.95  # what was seen weighs less from one choice to the next
+FIRST_CHOICE, MOST_TURNS_BETWEEN = 4, 32  # turns until an AdaptiveTree chooses, doubled up to the latter
+SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # drafts of the trees to choose from
+
+
+def best_tree(accuracy: Accuracy, n_drafts: int) -> DraftTree:
+    """The tree of n_drafts nodes of which most are accepted: always adds the node that is accepted most often.
+
+    The probability of a path is the product of its nodes'. Fewer nodes come back when the ranks do not give as many.
+    """
+    chosen: list[tuple[int, ...]] = []  # a node is named by the ranks on the way to it
+    growing = [(-accuracy[0][0], (0,))] if accuracy else []  # the likeliest node first
+    while growing and len(chosen) < n_drafts:
+        minus_probability, ranks = heapq.heappop(growing)
+        chosen.append(ranks)
+        depth, rank, here = len(ranks), ranks[-1], accuracy[len(ranks) - 1]
+        if depth < len(accuracy):
+            heapq.heappush(growing, (minus_probability * accuracy[depth][0], (*ranks, 0)))
+        if rank + 1 < len(here) and here[rank] > 0:
+            heapq.heappush(growing, (minus_probability / here[rank] * here[rank + 1], (*ranks[:-1], rank + 1)))
+    chosen.sort(key=lambda ranks: (len(ranks), ranks))
+    number = {(): 0} | {ranks: i for i, ranks in enumerate(chosen, 1)}
+    return DraftTree(tuple(number[ranks[:-1]] for ranks in chosen))
+
+
+def reach_and_last(tree: DraftTree, accuracy: Accuracy) -> tuple[np.ndarray, np.ndarray]:
+    """For turns that have a = 0..D look-ahead tokens, the probability that each node is accepted, and that it is the
+    last one accepted: two arrays (D + 1, N + 1)."""
+    depth, path = np.array(tree.depth), np.ones(len(tree.depth))
+    for node, (parent, rank) in enumerate(zip(tree.parents, tree.rank, strict=True), 1):
+        path[node] = path[parent] * accuracy[depth[node] - 1][rank]
+    reach = path * (depth <= np.arange(1 + depth[-1])[:, None])
+    last = reach.copy()
+    for node, parent in enumerate(tree.parents, 1):
+        last[:, parent] -= reach[:, node]
+    return reach, last
+
+
+def expected_tokens(tree: DraftTree, accuracy: Accuracy) -> float:
+    """Tokens/pass of a long fused generation, if every place had this accuracy, independent of each other.
+
+    How many look-ahead tokens a turn has depends on the group after the last node of the turn before: a Markov chain,
+    whose stationary distribution weighs the turns.
+    """
+    reach, last = reach_and_last(tree, accuracy)
+    goes_to = np.zeros((len(reach), len(reach)))
+    for node, length in enumerate(tree.lengths(tree.depth[-1])):
+        goes_to[:, length] += last[:, node]
+    weight = np.linalg.matrix_power(goes_to, 64)[-1]
+    return float(weight @ reach.sum(1))
+
+
+def with_fewer_rows(tree: DraftTree, accuracy: Accuracy) -> Iterator[DraftTree]:
+    """The tree with ever fewer look-ahead rows, from complete groups down to one row after the root.
+
+    The row of [LA]_t after a node is worth the probability that this node is the last one accepted, times what drafts
+    at depth t add to a turn. The least worth goes first.
+    """
+    reach, last = reach_and_last(tree, accuracy)
+    adds = [reach[t].sum() - reach[t - 1].sum() for t in range(1, len(reach))]  # falls with t
+    rows = [(last[-1, node] * added, -t, node) for node in range(len(tree.depth)) for t, added in enumerate(adds)]
+    rows.remove((last[-1, 0] * adds[0], 0, 0))
+    groups = [len(adds)] * len(tree.depth)
+    yield DraftTree(tree.parents, groups)
+    for _, _, node in sorted(rows):
+        groups[node] -= 1
+        yield DraftTree(tree.parents, groups)
+
+
+def n_rows(tree: DraftTree) -> int:
+    """Rows of a fused pass with this tree."""
+    return Shape(tree, tree.depth[-1]).n_rows
+
+
+def fastest_tree(accuracy: Accuracy, seconds: Callable[[int], float]) -> DraftTree:
+    """The tree with most expected tokens per second."""
+    trees = (best_tree(accuracy[:depth], n) for depth in range(1, 1 + len(accuracy)) for n in SIZES)
+    shapes = [shape for tree in trees for shape in with_fewer_rows(tree, accuracy)]
+    return max(shapes, key=lambda shape: expected_tokens(shape, accuracy) / seconds(n_rows(shape)))
+
+
+def turn_times(streams: Sequence[Iterator[Turn]], n_turns: int) -> list[list[float]]:
+    """Seconds of n_turns turns of each stream, taking turns with each other, after a warm-up.
+
+    A turn has waited for the device when it comes, so the clock needs no more.
+    """
+    times: list[list[float]] = [[] for _ in streams]
+    for _ in range(N_WARM_UP + n_turns):
+        for stream, own in zip(streams, times, strict=True):
+            began = time.perf_counter()
+            next(stream)
+            own.append(time.perf_counter() - began)
+    return [own[N_WARM_UP:] for own in times]
+
+
+def turn_seconds(
+    model: GPT, accuracy: Accuracy, sampling: Sampling, *, rule: str = COUPLED, use_graphs: bool = False, turns: int = 9
+) -> Callable[[int], float]:
+    """Measures turns with trees of several sizes; returns the time of a turn, interpolated over rows.
+
+    Takes a fraction of a second for a small model.
+    """
+    trees = [best_tree(accuracy, n) for n in (1, 2, 4, 8, 16, 32)]
+    prompt = [0] * max(1, model.config.block_size // 4)
+    engines = [Engine(model, Fused(tree, rule), sampling, use_graphs=use_graphs) for tree in trees]
+    times = turn_times([engine.stream(prompt, MANY_TOKENS) for engine in engines], turns)
+    rows, medians = [n_rows(tree) for tree in trees], [statistics.median(own) for own in times]
+    return lambda n: float(np.interp(n, rows, medians))
+
+
+class AdaptiveTree:
+    """Changes, while a text is written, to the tree that is fastest for how often its drafts were accepted so far.
+
+    accuracy: as evaluated beforehand; seconds: of a turn by rows. The choice, from a few trees, depends on past turns
+    alone, so the text keeps the target's distribution. What was learned from one text serves the next one.
+    Raises InputError when a figure is missing or not finite.
+    """
+
+    def __init__(self, accuracy: Accuracy, seconds: Callable[[int], float]):
+        if not accuracy or not all(map(len, accuracy)) or not np.isfinite(np.concatenate(accuracy)).all():
+            raise InputError("the accuracy of drafts by rank must be there and finite to choose a tree from")
+        fastest = [fastest_tree(scaled(accuracy, scale), seconds) for scale in SCALES]
+        self.trees = list(dict.fromkeys([*fastest, *(chain(n) for n in range(1, 1 + len(accuracy)))]))
+        self.seconds = [seconds(n_rows(tree)) for tree in self.trees]
+        self.tree = fastest[SCALES.index(1.0)]
+        # Of each depth and rank: how often it was tested, its better siblings having failed, and how often accepted.
+        # What was evaluated beforehand counts as PRIOR_TESTS tests.
+        accuracy = np.array(accuracy, dtype=float)
+        missed = 1 - accuracy.cumsum(1) + accuracy  # by all better siblings
+        self.tested = np.full_like(accuracy, PRIOR_TESTS)
+        self.accepted = PRIOR_TESTS * np.clip(accuracy / np.maximum(missed, 1e-9), 0, 1)
+        self.n_turns, self.next_choice = 0, FIRST_CHOICE
+        self.available = [0]  # look-ahead tokens after the last accepted node of each text
+
+    def add(self, turn: Turn) -> None:
+        """Takes a turn into account; `tree` is then the next turn's."""
+        tree = turn.shape.tree
+        if tree.depth[-1] > 0 and tree == self.tree.cut(tree.depth[-1]):  # else its drafts were not only look-ahead's
+            for b, last in enumerate(turn.last):
+                if turn.active[b]:
+                    self._count(tree, last, min(turn.n_tested[b], self.available[b]))
+        lengths = tree.lengths(turn.shape.n_lookahead)
+        self.available = [lengths[last] or lengths[0] for last in turn.last]
+        self.n_turns += 1
+        if self.n_turns >= self.next_choice:
+            self.next_choice += min(self.n_turns, MOST_TURNS_BETWEEN)
+            self._choose()
+
+    def _count(self, tree: DraftTree, last: int, n_tested: int) -> None:
+        """Counts in the tests on the way to the last node accepted, and those after it, up to n_tested drafts deep."""
+        accepted, node = {}, last  # of each node on the way to the last one, the child that was accepted
+        while node:
+            accepted[tree.parents[node - 1]], node = node, tree.parents[node - 1]
+        for child, parent in enumerate(tree.parents, 1):
+            after = accepted.get(parent, len(tree.depth) if parent == last else 0)  # siblings after it were not tested
+            if child <= after and tree.depth[child] <= n_tested:
+                self.tested[tree.depth[child] - 1, tree.rank[child - 1]] += 1
+                self.accepted[tree.depth[child] - 1, tree.rank[child - 1]] += child == after
+
+    def _choose(self) -> None:
+        conditional = self.accepted / self.tested
+        missed = np.cumprod(1 - conditional, axis=1) / np.maximum(1 - conditional, 1e-9)
+        accuracy = (conditional * missed).tolist()
+        rates = [expected_tokens(tree, accuracy) / own for tree, own in zip(self.trees, self.seconds, strict=True)]
+        self.tree = self.trees[int(np.argmax(rates))]
+        self.accepted, self.tested = FORGET * self.accepted, FORGET * self.tested
+
+
+@dataclass(frozen=True)
+class Auto(Method):
+    """Fused turns whose tree changes with the text (a method, as those of decode.py)."""
+
+    chooser: AdaptiveTree
+    rule: str = COUPLED
+    lookup: int = 0
+
+    @property
+    def largest(self) -> tuple[Shape, ...]:
+        shapes = [Shape(tree, tree.depth[-1]) for tree in self.chooser.trees]
+        return *shapes, copied_shape(self.lookup, max(shape.n_lookahead for shape in shapes))
+
+    def schedule(self, texts: Texts) -> Schedule:
+        def trees() -> Iterator[DraftTree]:
+            while True:
+                if texts.turn is not None:
+                    self.chooser.add(texts.turn)
+                yield self.chooser.tree
+
+        return fused(texts, trees(), self.lookup)
+
+
+def scaled(accuracy: Accuracy, scale: float) -> Accuracy:
+    """The accuracy on a text that is easier or harder to draft: of all ranks of a place together at most 0.97."""
+    return [[scale * a * min(1.0, 0.97 / (scale * sum(ranks) + 1e-9)) for a in ranks] for ranks in accuracy]

@@ -1,0 +1,372 @@
+"""Decoding on one page: a turn is one pass of the model, and a method is a schedule of pass shapes.
+
+The paper's Algorithm 1 (PaSS, arXiv 2311.13581, section 3) takes two turns to emit up to L + 2 tokens, `TwoPass`:
+  draft   rows [root, LA_1..LA_L]: the root's output gives the next token, LA_i's the draft distribution i places on;
+  verify  rows [that token, d_1..d_L]: their outputs give the target distributions that test the drafts.
+`Fused` does both in each turn: look-ahead tokens follow every draft, in case it is the last one accepted. That is not
+in the paper; BiTA (arXiv 2401.12522), PPD (2405.18628) and Apple's multi-token work (2507.11851) have it too.
+
+Between turns the cache holds all tokens of a text but the last, the root. `Decoder` is the device's side: its turn is a
+function of tensors, which a CUDA graph can record. `Engine` is the host's side: the loop over turns.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain as joined
+from itertools import cycle, repeat
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from minipass import graphs
+from minipass.errors import InputError
+from minipass.lookup import PromptLookup, copied_drafts
+from minipass.model import GPT, KVCache
+from minipass.sampling import COUPLED, DRAFT, REJECTION, RULES, TARGET, Distribution, Sampling, mix, stream_keys
+from minipass.texts import Generation, Prompts, Seeds, StopTokens, Texts, Turn
+from minipass.trees import Drafts, DraftTree, Shape, accept, chain
+
+
+class Handed(NamedTuple):
+    """What a turn hands to the next: the root (B,), the token before it (B,), and the hidden states (B, L, n_embd) of
+    the look-ahead rows after the last accepted node, from which the next drafts are drawn."""
+
+    root: torch.Tensor
+    before: torch.Tensor
+    hidden: torch.Tensor
+
+
+class Result(NamedTuple):
+    """What a turn made: drafts, q and last as in trees.accept, what is handed on, and for the host
+    (B, 3 + D) int64 [drafts accepted, last accepted node, next token, the drafts on the way to that node]."""
+
+    drafts: Drafts
+    q: Distribution
+    last: torch.Tensor
+    handed: Handed
+    for_host: torch.Tensor
+
+
+class Decoder:
+    """What turns work on: the model (and a draft model), caches, and for each of the B texts its noise and place."""
+
+    def __init__(self, models: list[GPT], sampling: Sampling, rule: str, n_texts: int, max_len: int) -> None:
+        self.models, self.model, self.device, self.sampling = models, models[0], models[0].device, sampling
+        self.rule = rule if sampling.temperature > 0 else COUPLED  # greedy, both rules ask what the target draws
+        self.caches = [KVCache(m.config, n_texts, max_len, device=m.device, dtype=m.dtype) for m in models]
+        self.cache = self.caches[0]
+        self.start = torch.zeros(n_texts, dtype=torch.int64, device=self.device)  # of the context, in its text
+        self.keys = torch.zeros(3, n_texts, 1, dtype=torch.int64, device=self.device)
+        self.active = torch.ones(n_texts, dtype=torch.bool, device=self.device)
+        self.graphs: dict[tuple, graphs.Graph] = {}
+
+    def turn(self, shape: Shape, handed: Handed, copied: torch.Tensor | None = None) -> Result:
+        """One pass that verifies the N drafts of `shape` and looks ahead after each of them."""
+        nodes, keys = shape.on(self.device), self.noise(shape.tree.depth[-1])
+        # Draft: d_i is drawn from p_i, which the look-ahead rows of the turn before give.
+        drafts = self.draft(shape, handed, keys, copied)  # (B, N)
+        # Verify: one pass over [root, drafts, look-ahead groups] gives the target distribution q after each draft.
+        rows = torch.cat([handed.root[:, None], drafts.tokens], dim=1)  # (B, 1 + N)
+        states = self.model.hidden(rows, nodes.layout, self.cache)  # (B, 1 + N + Q, n_embd)
+        q = self.sampling.distribution(self.model.logits(states[:, : rows.shape[1]]))  # (B, 1 + N, K)
+        # Accept drafts on a path from the root, and draw the token after them, the next root.
+        last, root = accept(nodes, drafts, q, self.sampling, keys[..., nodes.depth])  # (B,), (B,)
+        n_accepted, way = nodes.depth[last], nodes.path[last]  # (B,), (B, 1 + D)
+        # Roll back: the cache keeps the root and the accepted drafts; the next turn overwrites what follows them.
+        if shape.tree.width > 1:  # the rows of a chain are in their places
+            self.cache.gather(way)
+        self.cache.length += self.active * (1 + n_accepted)
+        # Hand on: the rows after the last accepted node have looked ahead from there.
+        hidden = states[self.cache.batch, nodes.group_rows[last]]  # (B, L, n_embd)
+        handed = Handed(root, rows.gather(1, last[:, None])[:, 0], hidden)
+        for_host = torch.cat([torch.stack([n_accepted, last, root], dim=1), rows.gather(1, way[:, 1:])], dim=1)
+        return Result(drafts, q, last, handed, for_host)
+
+    def noise(self, depth: int) -> torch.Tensor:
+        """Keys (3, B, 1 + depth) of the streams at the text position of the token after 0..depth drafts."""
+        if self.sampling.temperature == 0:
+            return self.keys.expand(-1, -1, 1 + depth)  # nothing reads them
+        root = (self.start + self.cache.length)[:, None]
+        return mix(self.keys + root + torch.arange(1, 2 + depth, device=self.device))
+
+    def draft(self, shape: Shape, handed: Handed, keys: torch.Tensor, copied: torch.Tensor | None) -> Drafts:
+        """Draws a draft for each node: siblings are the best of one race, with p from look-ahead rows or a draft model.
+
+        copied: (B, N) for a chain, tokens to draft instead where they are not negative; all of p is then on them.
+        """
+        nodes, tree, depth = shape.on(self.device), shape.tree, shape.tree.depth[-1]
+        if depth == 0:
+            return Drafts(handed.root.new_empty(len(handed.root), 0))
+        keys = keys[TARGET if self.rule == COUPLED else DRAFT]  # coupled: drafts race with the target's noise
+        if len(self.models) > 1:
+            p, ranked = self.run_draft_model(depth, handed, keys)
+        else:
+            hidden = F.pad(handed.hidden, (0, 0, 0, max(0, depth - handed.hidden.shape[1])))[:, :depth]  # (B, D, d)
+            p = self.sampling.distribution(self.model.logits(hidden), tree.width)  # (B, D, K)
+            ranked = self.sampling.draw(p, keys[:, :depth], tree.width)  # (B, D, width)
+        tokens = ranked[:, nodes.depth[1:] - 1, nodes.rank]  # (B, N)
+        if copied is not None:
+            tokens = torch.where(copied >= 0, copied, tokens)
+        if self.rule == COUPLED:
+            return Drafts(tokens)
+        p = p.dense(self.model.config.vocab_size)  # (B, D, V)
+        if copied is not None:
+            p = torch.where((copied >= 0)[..., None], torch.zeros_like(p).scatter(2, tokens[..., None], 1.0), p)
+        return Drafts(tokens, F.pad(p, (0, 0, 0, 1))[:, nodes.depth])
+
+    def run_draft_model(self, depth: int, handed: Handed, keys: torch.Tensor) -> tuple[Distribution, torch.Tensor]:
+        """`depth` passes of the draft model: p (B, depth, K) and a draft from each, (B, depth, 1).
+
+        It has not seen the last draft if all were accepted, so it starts at the token before the root.
+        """
+        (_, model), (_, cache), made = self.models, self.caches, []
+        rows = torch.stack([handed.before, handed.root], dim=1)
+        cache.length.copy_(self.cache.length - 1)
+        for i in range(depth):
+            states = model.hidden(rows, Shape(chain(rows.shape[1] - 1)).on(self.device).layout, cache)
+            cache.length += rows.shape[1]
+            p = self.sampling.distribution(model.logits(states[:, -1:]))  # (B, 1, K)
+            rows = self.sampling.draw(p, keys[:, i : i + 1])  # (B, 1)
+            made.append((*p, rows[..., None]))
+        tokens, probs, drafts = (torch.cat(each, dim=1) for each in zip(*made, strict=True))
+        return Distribution(tokens, probs), drafts
+
+    def begin(self, contexts: Sequence[Sequence[int]], starts: Sequence[int], seeds: Sequence[int]) -> Handed:
+        """Prefill: puts all tokens of each context but the last into the caches. The last ones are the first roots."""
+        padded = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, contexts)), batch_first=True).to(self.device)
+        last = torch.tensor([len(context) - 1 for context in contexts], device=self.device)
+        for model, cache in zip(self.models, self.caches, strict=True):
+            cache.length.zero_()  # it may have served before
+            if padded.shape[1] > 1:
+                model.hidden(padded[:, :-1], cache=cache)  # what is past a shorter context is overwritten later
+            cache.length.copy_(last)
+        self.start.copy_(torch.tensor(starts))
+        self.keys.copy_(stream_keys(torch.tensor(seeds)))
+        self.set_active(range(len(contexts)))
+        root = padded.gather(1, last[:, None])[:, 0]
+        return Handed(root, root, self.cache.pairs.new_empty(len(root), 0, self.model.config.n_embd))
+
+    def set_active(self, rows: Sequence[int]) -> None:
+        """The rows of the batch whose texts continue; the caches of the others stay as they are."""
+        self.n_active, active = len(rows), torch.zeros(len(self.start), dtype=torch.bool)
+        active[list(rows)] = True
+        self.active.copy_(active, non_blocking=True)
+
+    def select(self, rows: Sequence[int], handed: Handed) -> Handed:
+        """Continues with these rows of the batch alone."""
+        index = torch.tensor(rows, device=self.device)
+        for cache in self.caches:
+            cache.select(index)
+        self.start, self.keys, self.active = self.start[index], self.keys[:, index], self.active[index]
+        return Handed(*(each[index] for each in handed))
+
+    def replay(self, shape: Shape, handed: Handed, copied: torch.Tensor | None) -> Result:
+        """`turn` as a CUDA graph, recorded the first time that these shapes come."""
+        inputs = [*handed] if copied is None else [*handed, copied]
+        key = (shape, *(each.shape for each in inputs))
+        if key not in self.graphs:
+            turn = lambda *inputs: self.turn(shape, Handed(*inputs[:3]), *inputs[3:])  # noqa: E731
+            self.graphs[key] = graphs.Graph(turn, inputs, [cache.length for cache in self.caches])
+        # Copies, since the next replay writes to the same memory.
+        return torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, self.graphs[key](*inputs))
+
+
+# A schedule gives the shapes of the turns one after the other, each with drafts that are copied for each text, or None.
+Schedule = Iterator[tuple[Shape, list[list[int]] | None]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Settings that check themselves, and a schedule. Raises InputError for impossible ones.
+
+    Each has `largest`, the largest shapes of its turns, and schedule(texts), which may read the texts so far.
+    """
+
+    rule, draft_model, fixed_token = COUPLED, None, None  # where a method has none of its own
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise InputError(f"unknown rule {self.rule!r}; there are {', '.join(RULES)}")
+        self.largest  # noqa: B018 - raises InputError for lengths out of bounds
+
+
+@dataclass(frozen=True)
+class Plain(Method):
+    """Plain decoding, the baseline: one token a turn."""
+
+    largest = (Shape(),)
+
+    def schedule(self, texts: Texts) -> Schedule:
+        return repeat((Shape(), None))
+
+
+@dataclass(frozen=True)
+class TwoPass(Method):
+    """The paper's Algorithm 1 with L = n_lookahead: a turn that drafts, a turn that verifies, and so on.
+
+    fixed_token: this token's embedding takes the place of every look-ahead token's, as in the paper's comparison.
+    """
+
+    n_lookahead: int = 2
+    rule: str = REJECTION
+    fixed_token: int | None = None
+
+    @property
+    def largest(self) -> tuple[Shape, ...]:
+        return Shape(n_lookahead=self.n_lookahead), Shape(chain(self.n_lookahead))
+
+    def schedule(self, texts: Texts) -> Schedule:
+        draft, verify = self.largest
+        return cycle([(draft, None), (verify, None)])
+
+
+@dataclass(frozen=True)
+class Fused(Method):
+    """Verifies and drafts in every turn. drafts: the length L of a chain (0: no look-ahead tokens), or a draft tree.
+
+    lookup: where the text repeats itself, verify so many drafts copied from it instead (lookup.py).
+    """
+
+    drafts: int | DraftTree = 2
+    rule: str = COUPLED
+    lookup: int = 0
+
+    @property
+    def tree(self) -> DraftTree:
+        return self.drafts if isinstance(self.drafts, DraftTree) else chain(self.drafts)
+
+    @property
+    def largest(self) -> tuple[Shape, ...]:
+        return Shape(self.tree, self.tree.depth[-1]), copied_shape(self.lookup, self.tree.depth[-1])
+
+    def schedule(self, texts: Texts) -> Schedule:
+        return fused(texts, repeat(self.tree), self.lookup)
+
+
+@dataclass(frozen=True)
+class TwoModels(Method):
+    """A small model drafts token by token, the large one verifies (arXiv 2211.17192, 2302.01318)."""
+
+    draft_model: GPT
+    n_drafts: int = 2
+    rule: str = COUPLED
+
+    @property
+    def largest(self) -> tuple[Shape, ...]:
+        return (Shape(chain(self.n_drafts)),)
+
+    def schedule(self, texts: Texts) -> Schedule:  # the draft model needs a token before the root: first a plain turn
+        return joined([(Shape(), None)], repeat((*self.largest, None)))
+
+
+def fused(texts: Texts, trees: Iterator[DraftTree], lookup: int) -> Schedule:
+    """Each turn verifies a tree, as deep as the turn before looked ahead, and looks ahead as deep as the tree is."""
+    indices, ahead = [PromptLookup() for _ in texts.texts], 0
+    for tree in trees:
+        depth, copied = tree.depth[-1], copied_drafts(indices, texts, lookup) if lookup else None
+        yield (Shape(tree.cut(ahead), depth), None) if copied is None else (copied_shape(lookup, depth), copied)
+        ahead = depth
+
+
+def copied_shape(n_drafts: int, n_lookahead: int) -> Shape:
+    """A chain of copied drafts with look-ahead tokens after the root alone, in case that none is right: where all are,
+    the text most likely continues to repeat itself."""
+    groups = (n_lookahead, *[0] * n_drafts) if n_lookahead else None
+    return Shape(DraftTree(chain(n_drafts).parents, groups), n_lookahead)
+
+
+FUSED, GREEDY = Fused(), Sampling()  # the defaults
+
+
+class Engine:
+    """A model, a method and settings, made once and used for many texts. What comes out has the target's distribution.
+
+    method: Plain(), TwoPass(..), Fused(..), TwoModels(..) or auto.Auto(..). sampling: greedy by default.
+    use_graphs: on CUDA, turns are recorded as graphs and replayed; they keep their shape up to a text's end.
+    Raises InputError where the model does not fit the method.
+    """
+
+    def __init__(self, model: GPT, method: Method = FUSED, sampling: Sampling = GREEDY, *, use_graphs: bool = False):
+        config, token = model.config, method.fixed_token
+        ahead, width = (
+            max(each) for each in zip(*((s.n_lookahead, s.tree.width) for s in method.largest), strict=True)
+        )
+        if token is not None and not 0 <= token < config.vocab_size:
+            raise InputError(f"fixed_token must lie in 0..{config.vocab_size - 1}, not {token}")
+        if token is None and ahead > config.n_lookahead:
+            raise InputError(f"the method needs {ahead} look-ahead tokens, but the model has {config.n_lookahead}")
+        if width > config.vocab_size:
+            raise InputError(f"the tree has {width} drafts for one place, the vocabulary {config.vocab_size} tokens")
+        if method.draft_model is not None and method.draft_model.config.vocab_size != config.vocab_size:
+            raise InputError("the draft model must have the vocabulary of the model")
+        if use_graphs and not graphs.available(model.device):
+            raise InputError(f"turns can be recorded as graphs on CUDA only, not on {model.device}")
+        model = model if token is None else model.with_lookahead(model.wte.weight[[token] * ahead])
+        self.models = [model, method.draft_model] if method.draft_model is not None else [model]
+        self.method, self.sampling, self.use_graphs = method, sampling, use_graphs
+        self.idle: dict[int, list[Decoder]] = defaultdict(list)  # by texts: those whose graphs are recorded
+
+    def stream(
+        self, prompts: Prompts, max_new_tokens: int, *, stop_token: StopTokens = None, seed: Seeds = 0
+    ) -> Iterator[Turn]:
+        """Continues one or several prompts, yielding a record of each turn.
+
+        prompts: a sequence of token ids, or a list of such sequences of any lengths. Each text ends after
+        max_new_tokens, or with a stop token (one or several), which is emitted. seed: a number for each text, or one
+        number s, which gives text b the seed s + b. Under the coupled rule, and when greedy, a text is a function of
+        weights, prompt and seed alone: that of plain decoding. Under the rejection rule also of the method, but not of
+        the batch (unless lookup or Auto choose the shapes for all of its texts).
+        Raises InputError for anything out of bounds, before the first pass.
+        """
+        return self._turns(Texts(prompts, max_new_tokens, stop_token, seed, self.models[0].config))
+
+    @torch.inference_mode()
+    def _turns(self, texts: Texts) -> Iterator[Turn]:
+        """The loop: one prefill a window, then turn after turn."""
+        while max(texts.wanted):
+            contexts, *numbers = texts.begin_window(with_ended=self.use_graphs)
+            decoder = self._decoder(len(contexts), max(map(len, contexts)) + max(texts.wanted))
+            handed, schedule = decoder.begin(contexts, *numbers), self.method.schedule(texts)
+            try:
+                while texts.room:
+                    handed = self._without_ended(texts, decoder, handed)
+                    shape, copied = next(schedule)
+                    if not self.use_graphs and decoder.rule == COUPLED:  # else the batch would show in its texts
+                        shape = shape.cut(texts.room)
+                    if copied is not None:
+                        copied = torch.tensor([copied[b][: len(shape.tree.parents)] for b in texts.rows])
+                        copied = copied.to(decoder.device, non_blocking=True)
+                    result = (decoder.replay if self.use_graphs else decoder.turn)(shape, handed, copied)
+                    handed = result.handed
+                    yield texts.emit(shape, result.for_host.tolist(), result, len(self.models))  # the host sync
+            finally:
+                if self.use_graphs:
+                    self.idle[len(contexts)].append(decoder)
+
+    def _decoder(self, n_texts: int, n_tokens: int) -> Decoder:
+        """One with room for n_tokens and a turn that overshoots; with graphs one of the idle ones where it fits."""
+        if self.idle[n_texts]:
+            return self.idle[n_texts].pop()
+        block_size = self.models[0].config.block_size
+        n_slots = block_size if self.use_graphs else min(n_tokens, block_size)
+        n_slots += max(shape.n_rows + shape.tree.depth[-1] for shape in self.method.largest)
+        return Decoder(self.models, self.sampling, self.method.rule, n_texts, n_slots)
+
+    def _without_ended(self, texts: Texts, decoder: Decoder, handed: Handed) -> Handed:
+        """Ended texts stay as they are, and leave the batch once half of it has ended; a graph keeps its batch."""
+        rows = texts.active_rows()
+        if len(rows) != decoder.n_active:
+            if not self.use_graphs and 2 * len(rows) <= len(texts.rows):
+                texts.rows, handed = [texts.rows[row] for row in rows], decoder.select(rows, handed)
+                rows = range(len(rows))
+            decoder.set_active(rows)
+        return handed
+
+    def generate(self, prompts: Prompts, max_new_tokens: int, **settings: Any) -> Generation:
+        """`stream` to its end, with the same arguments and errors: the new tokens of each prompt, and counts."""
+        generation = Generation()
+        for turn in self.stream(prompts, max_new_tokens, **settings):
+            generation.add(turn)
+        return generation

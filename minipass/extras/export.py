@@ -1,0 +1,25 @@
+"""`python -m minipass.extras.export CHECKPOINT FOLDER`: a checkpoint as a folder that Transformers opens."""
+
+import argparse
+from pathlib import Path
+
+from minipass import weights
+from minipass.cli import run_script
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m minipass.extras.export", description="Writes a checkpoint as a folder that Transformers opens."
+    )
+    parser.add_argument("checkpoint", help="a checkpoint's file, or the name of one in the package")
+    parser.add_argument("folder", type=Path, help="the folder to write")
+    args = parser.parse_args()
+    model = weights.load(args.checkpoint).model
+    weights.save_pretrained(model, args.folder)
+    n_lookahead, width = model.lookahead.shape
+    table = f" and {weights.TABLE} ({n_lookahead} x {width})" if n_lookahead else ""
+    print(f"wrote {args.folder}: {weights.CONFIG}, {weights.WEIGHTS}{table}")
+
+
+if __name__ == "__main__":
+    run_script(main)
