@@ -1,11 +1,12 @@
 """The choice of a tree of drafts: the best of its size by trying all, and expected tokens/pass against a simulation."""
 
+import copy
 import itertools
 import math
 
 import numpy as np
 import pytest
-from conftest import ACCURACY, auto_method, chi_square_p_value, random_model, sequence_probabilities
+from conftest import ACCURACY, chi_square_p_value, chooser, random_model, sequence_probabilities
 
 from minipass.auto import (
     SIZES,
@@ -117,7 +118,7 @@ def test_a_tree_that_changes_leaves_the_texts_as_they_are(rule, sampling, lookup
     """Past the window's edge, too. The rejection rule gives plain decoding's text only where there is but one."""
     prompts, method, generation, trees = (
         [[token, 3, 8] for token in range(6)],
-        auto_method(rule, lookup),
+        Auto(copy.deepcopy(chooser()), rule, lookup),
         Generation(),
         [],
     )
