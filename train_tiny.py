@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -38,11 +39,14 @@ from minipass.data import (
 )
 from minipass.errors import InputError
 from minipass.files import atomic_write
-from minipass.model import GPT, GPTConfig
+from minipass.model import DRAFTING, GPT, GPTConfig
 from minipass.tokenizer import build_encoding, gpt2_encoding, train_bpe
 
 # What may differ when a run goes on, as may the number of processes.
 NOT_PART_OF_A_RUN = ("resume", "device", "dtype", "minutes", "save_every", "accumulate", "checkpoint_activations")
+
+MATRICES = ("h.", "draft_head.")  # where the parameters for Muon are
+HEAD_LR = 0.2  # of the table's, in the lookahead stage
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -90,6 +94,8 @@ def parse_arguments() -> argparse.Namespace:
         default=0.6,
         help="weight of a look-ahead position's loss over that of the one before it (default: %(default)s)",
     )
+    add("--head", default="mlp", choices=("mlp", "none"), help="with a draft head, which knows the token before each "
+        "draft, or none: the paper's recipe (default: %(default)s)")  # fmt: skip
     add("--groups", type=int, default=16, help="look-ahead groups in each window; of the shorter ones as many as have "
         "the same number of rows (default: %(default)s)")  # fmt: skip
     for name, text in {
@@ -138,7 +144,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def start(args: argparse.Namespace, train_documents) -> tuple[GPT, object, dict]:
     """Model (on the CPU, float32), encoding and the record of earlier training: new, or from --init."""
-    sizes = {name: getattr(args, name) for name in GPTConfig.__dataclass_fields__ if getattr(args, name) is not None}
+    given = {name: getattr(args, name, None) for name in GPTConfig.__dataclass_fields__}
+    sizes = {name: value for name, value in given.items() if value is not None}
     torch.manual_seed(args.seed)
     if args.init:
         loaded = weights.load(args.init)
@@ -148,6 +155,9 @@ def start(args: argparse.Namespace, train_documents) -> tuple[GPT, object, dict]
         wanted = GPTConfig(**(vars(model.config) | sizes))
         if wanted.n_lookahead != model.config.n_lookahead:  # the table alone may be made anew, of any length
             model.new_lookahead(wanted.n_lookahead)
+        if args.stage != "base" and (args.head == "none") == (model.draft_head is not None):
+            model.new_draft_head(0 if args.head == "none" else 2 * model.config.n_embd)
+            wanted = replace(wanted, n_draft=model.config.n_draft)
         if wanted != model.config:
             raise InputError(f"--init has the sizes {model.config}, which cannot be changed to {wanted}")
         return model, loaded.encoding, loaded.record
@@ -158,28 +168,28 @@ def start(args: argparse.Namespace, train_documents) -> tuple[GPT, object, dict]
     else:
         vocab_size = sizes.get("vocab_size", GPTConfig.vocab_size)
         encoding = build_encoding(train_bpe((document.text for document in train_documents), vocab_size))
-    return GPT(GPTConfig(**(sizes | {"vocab_size": encoding.n_vocab}))), encoding, {}
+    model = GPT(GPTConfig(**(sizes | {"vocab_size": encoding.n_vocab})))
+    if args.stage == "joint" and args.head != "none":
+        model.new_draft_head(2 * model.config.n_embd)
+    return model, encoding, {}
 
 
 def make_optimizers(model: GPT, stage: str, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest; only the look-ahead table in its own stage.
+    """Muon for the matrices of blocks and draft head, AdamW for the rest; of what the stage trains.
 
-    Muon (torch's own, updates scaled to the size of AdamW's) reaches the same loss in clearly fewer steps.
+    Muon (torch's own, updates scaled to the size of AdamW's) reaches the same loss in clearly fewer steps. In the
+    lookahead stage the draft head learns more slowly than the table does.
     """
-    if stage == "lookahead":
-        model.requires_grad_(False)
-        model.lookahead.requires_grad_(True)
-        return [torch.optim.AdamW([model.lookahead], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    model.requires_grad_(True)
-    matrices = [parameter for parameter in model.h.parameters() if parameter.dim() == 2]
-    others = [parameter for name, parameter in model.named_parameters() if name[:2] != "h." or parameter.dim() < 2]
-    if stage == "base":
-        model.lookahead.requires_grad_(False)
-        others = [parameter for parameter in others if parameter is not model.lookahead]
-    return [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-    ]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(DRAFTING) == (stage == "lookahead") or stage == "joint")
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    matrices = [parameter for name, parameter in trained if name.startswith(MATRICES) and parameter.dim() == 2]
+    others = [parameter for name, parameter in trained if not (name.startswith(MATRICES) and parameter.dim() == 2)]
+    muon = {"params": matrices, "scale": HEAD_LR if stage == "lookahead" else 1.0}
+    adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    if not matrices:
+        return [adam]
+    return [torch.optim.Muon([muon], lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adam]
 
 
 def learning_rate(peak: float, step: int, progress: float, decay: float) -> float:
@@ -214,12 +224,12 @@ def draw_curves(folder: Path, history: list[dict]) -> None:
 class TrainingPass(torch.nn.Module):
     """losses.training_pass as a module, for that is what DistributedDataParallel wraps."""
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, *, frozen: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.frozen = model, frozen
 
     def forward(self, text: torch.Tensor, cuts: np.ndarray, n_lookahead: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return losses.training_pass(self.model, text, cuts, n_lookahead)
+        return losses.training_pass(self.model, text, cuts, n_lookahead, frozen=self.frozen)
 
 
 def join_processes(device_name: str) -> tuple[torch.device, int, int]:
@@ -379,7 +389,7 @@ class Trainer:
             interrupted = True  # the step in hand is finished first, so that what is saved is a whole step
 
         signal.signal(signal.SIGINT, on_interrupt)
-        network = TrainingPass(self.model)
+        network = TrainingPass(self.model, frozen=args.stage == "lookahead")
         if args.checkpoint_activations:
             for block in self.model.h:
                 block.forward = partial(recompute, block.forward, use_reentrant=False)
@@ -432,7 +442,7 @@ class Trainer:
             step_loss += loss.detach()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args.lr, self.step, self.progress(), args.decay)
+                group["lr"] = group.get("scale", 1.0) * learning_rate(args.lr, self.step, self.progress(), args.decay)
             self.scaler.step(optimizer)
             optimizer.zero_grad()
         self.scaler.update()

@@ -26,7 +26,9 @@ from minipass.lookup import PromptLookup, copied_drafts
 from minipass.model import GPT, KVCache
 from minipass.sampling import COUPLED, DRAFT, REJECTION, RULES, TARGET, Distribution, Sampling, mix, stream_keys
 from minipass.texts import Generation, Prompts, Seeds, StopTokens, Texts, Turn
-from minipass.trees import Drafts, DraftTree, Shape, accept, chain
+from minipass.trees import Drafts, DraftTree, Nodes, Shape, accept, chain
+
+MOST_TOKENS, N_CANDIDATES = 2**14, 64  # of a larger vocabulary a draft head weighs only the likeliest tokens without it
 
 
 class Handed(NamedTuple):
@@ -55,6 +57,7 @@ class Decoder:
     def __init__(self, models: list[GPT], sampling: Sampling, rule: str, n_texts: int, max_len: int) -> None:
         self.models, self.model, self.device, self.sampling = models, models[0], models[0].device, sampling
         self.rule = rule if sampling.temperature > 0 else COUPLED  # greedy, both rules ask what the target draws
+        self.by_parent = len(models) > 1 or models[0].draft_head is not None  # p depends on the token before
         self.caches = [KVCache(m.config, n_texts, max_len, device=m.device, dtype=m.dtype) for m in models]
         self.cache = self.caches[0]
         self.start = torch.zeros(n_texts, dtype=torch.int64, device=self.device)  # of the context, in its text
@@ -64,9 +67,9 @@ class Decoder:
 
     def turn(self, shape: Shape, handed: Handed, copied: torch.Tensor | None = None) -> Result:
         """One pass that verifies the N drafts of `shape` and looks ahead after each of them."""
-        nodes, keys = shape.on(self.device), self.noise(shape.tree.depth[-1])
+        nodes, keys = shape.on(self.device, self.by_parent), self.noise(shape.tree.depth[-1])
         # Draft: d_i is drawn from p_i, which the look-ahead rows of the turn before give.
-        drafts = self.draft(shape, handed, keys, copied)  # (B, N)
+        drafts = self.draft(shape.tree, nodes, handed, keys, copied)  # (B, N)
         # Verify: one pass over [root, drafts, look-ahead groups] gives the target distribution q after each draft.
         rows = torch.cat([handed.root[:, None], drafts.tokens], dim=1)  # (B, 1 + N)
         states = self.model.hidden(rows, nodes.layout, self.cache)  # (B, 1 + N + Q, n_embd)
@@ -91,47 +94,56 @@ class Decoder:
         root = (self.start + self.cache.length)[:, None]
         return mix(self.keys + root + torch.arange(1, 2 + depth, device=self.device))
 
-    def draft(self, shape: Shape, handed: Handed, keys: torch.Tensor, copied: torch.Tensor | None) -> Drafts:
+    def draft(
+        self, tree: DraftTree, nodes: Nodes, handed: Handed, keys: torch.Tensor, copied: torch.Tensor | None
+    ) -> Drafts:
         """Draws a draft for each node: siblings are the best of one race, with p from look-ahead rows or a draft model.
 
+        With a draft head or model a draft's p depends on its parent's token: they are drawn level by level.
         copied: (B, N) for a chain, tokens to draft instead where they are not negative; all of p is then on them.
         """
-        nodes, tree, depth = shape.on(self.device), shape.tree, shape.tree.depth[-1]
-        if depth == 0:
-            return Drafts(handed.root.new_empty(len(handed.root), 0))
         keys = keys[TARGET if self.rule == COUPLED else DRAFT]  # coupled: drafts race with the target's noise
-        if len(self.models) > 1:
-            p, ranked = self.run_draft_model(depth, handed, keys)
-        else:
-            hidden = F.pad(handed.hidden, (0, 0, 0, max(0, depth - handed.hidden.shape[1])))[:, :depth]  # (B, D, d)
-            p = self.sampling.distribution(self.model.logits(hidden), tree.width)  # (B, D, K)
-            ranked = self.sampling.draw(p, keys[:, :depth], tree.width)  # (B, D, width)
-        tokens = ranked[:, nodes.depth[1:] - 1, nodes.rank]  # (B, N)
-        if copied is not None:
-            tokens = torch.where(copied >= 0, copied, tokens)
-        if self.rule == COUPLED:
+        hidden = F.pad(handed.hidden, (0, 0, 0, max(0, tree.depth[-1] - handed.hidden.shape[1])))  # (B, D or L, n_embd)
+        likely = None
+        if self.model.draft_head is not None and nodes.levels and self.model.config.vocab_size > MOST_TOKENS:
+            likely = self.model.logits(hidden).topk(max(N_CANDIDATES, tree.width)).indices  # (B, D or L, K)
+        tokens, made = handed.root[:, None], []  # (B, 1 + drafts so far)
+        for level in nodes.levels:
+            candidates = None if likely is None else likely[:, level.place]
+            if len(self.models) > 1:
+                logits = self.run_draft_model(handed if tokens.shape[1] == 1 else None, tokens)
+            else:
+                before = tokens[:, level.parents] if self.by_parent else None  # (B, n)
+                logits = self.model.logits(hidden[:, level.place], before, candidates)  # (B, n, V or K)
+            p = self.sampling.distribution(logits, tree.width)  # (B, n, K)
+            if candidates is not None:
+                p = Distribution(candidates.gather(2, p.tokens), p.probs)
+            drawn = self.sampling.draw(p, keys[:, level.place], tree.width)[:, level.source, level.rank]  # (B, m)
+            if copied is not None:
+                given = copied[:, tokens.shape[1] - 1 :][:, : drawn.shape[1]]
+                drawn = torch.where(given >= 0, given, drawn)
+            tokens = torch.cat([tokens, drawn], dim=1)
+            made.append(p)
+        tokens = tokens[:, 1:]  # (B, N)
+        if self.rule == COUPLED or not made:
             return Drafts(tokens)
-        p = p.dense(self.model.config.vocab_size)  # (B, D, V)
+        p = torch.cat([each.dense(self.model.config.vocab_size) for each in made], dim=1)  # (B, places, V)
         if copied is not None:
             p = torch.where((copied >= 0)[..., None], torch.zeros_like(p).scatter(2, tokens[..., None], 1.0), p)
-        return Drafts(tokens, F.pad(p, (0, 0, 0, 1))[:, nodes.depth])
+        return Drafts(tokens, F.pad(p, (0, 0, 0, 1))[:, nodes.p_row])
 
-    def run_draft_model(self, depth: int, handed: Handed, keys: torch.Tensor) -> tuple[Distribution, torch.Tensor]:
-        """`depth` passes of the draft model: p (B, depth, K) and a draft from each, (B, depth, 1).
+    def run_draft_model(self, handed: Handed | None, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits (B, 1, V) of the draft model after the drafts so far, tokens (B, 1 + drafts).
 
-        It has not seen the last draft if all were accepted, so it starts at the token before the root.
+        It has not seen the last draft if all were accepted, so it starts at the token before the root, which is handed.
         """
-        (_, model), (_, cache), made = self.models, self.caches, []
-        rows = torch.stack([handed.before, handed.root], dim=1)
-        cache.length.copy_(self.cache.length - 1)
-        for i in range(depth):
-            states = model.hidden(rows, Shape(chain(rows.shape[1] - 1)).on(self.device).layout, cache)
-            cache.length += rows.shape[1]
-            p = self.sampling.distribution(model.logits(states[:, -1:]))  # (B, 1, K)
-            rows = self.sampling.draw(p, keys[:, i : i + 1])  # (B, 1)
-            made.append((*p, rows[..., None]))
-        tokens, probs, drafts = (torch.cat(each, dim=1) for each in zip(*made, strict=True))
-        return Distribution(tokens, probs), drafts
+        model, cache, rows = self.models[1], self.caches[1], tokens[:, -1:]
+        if handed is not None:
+            cache.length.copy_(self.cache.length - 1)
+            rows = torch.stack([handed.before, handed.root], dim=1)
+        states = model.hidden(rows, Shape(chain(rows.shape[1] - 1)).on(self.device).layout, cache)
+        cache.length += rows.shape[1]
+        return model.logits(states[:, -1:])
 
     def begin(self, contexts: Sequence[Sequence[int]], starts: Sequence[int], seeds: Sequence[int]) -> Handed:
         """Prefill: puts all tokens of each context but the last into the caches. The last ones are the first roots."""

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minipass.layout import path, with_groups
-from minipass.model import GPT
+from minipass.layout import Layout, path, with_groups
+from minipass.model import GPT, KVCache
 
 LOOKAHEAD_LOSSES = ("ce", "kl", "tv")
 N_RANKS = 10  # drafts of one position that are compared with the likeliest token
@@ -27,17 +27,38 @@ def random_cuts(batch_size: int, n_text: int, n_groups: int, n_lookahead: int, r
 
 
 def training_pass(
-    model: GPT, text: torch.Tensor, cuts: np.ndarray, n_lookahead: int | None = None
+    model: GPT, text: torch.Tensor, cuts: np.ndarray, n_lookahead: int | None = None, *, frozen: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One forward over text (B, T) with groups of L = n_lookahead (None: all) tokens hanging from cuts (B, G).
 
-    Returns the text's logits (B, T, V) and the look-ahead logits (B, G, L, V).
+    Returns the text's logits (B, T, V) and the look-ahead logits (B, G, L, V); a draft head is told the true token
+    before each place, which is the case that counts: a draft is only tested where all before it were accepted.
+    frozen: the base is not trained. Then no row of the text depends on what is, and the pass takes two phases: the text
+    without gradients, and the look-ahead rows, which see its keys and values, with them.
     """
-    n_text, n_lookahead = text.shape[1], model.config.n_lookahead if n_lookahead is None else n_lookahead
+    n_lookahead = model.config.n_lookahead if n_lookahead is None else n_lookahead
     if n_lookahead == 0 or cuts.shape[1] == 0:
         return model(text), text.new_zeros(len(text), 0, 0, model.config.vocab_size, dtype=torch.float32)
-    logits = model(text, with_groups(path(n_text), cuts, n_lookahead).to(text.device))
-    return logits[:, :n_text], logits[:, n_text:].unflatten(1, (-1, n_lookahead))
+    n_text, layout = text.shape[1], with_groups(path(text.shape[1]), cuts, n_lookahead).to(text.device)
+    if frozen:
+        with torch.no_grad():
+            cache = KVCache(model.config, len(text), n_text, device=model.device, dtype=model.dtype)
+            text_logits = model(text, cache=cache)
+        drafting = lookahead_rows(model, layout, cache)
+    else:
+        hidden = model.hidden(text, layout)
+        text_logits, drafting = model.logits(hidden[:, :n_text]), hidden[:, n_text:]
+    drafting = drafting.unflatten(1, (-1, n_lookahead))  # (B, G, L, n_embd)
+    return text_logits, model.logits(drafting, rows_after_cuts(text, cuts, n_lookahead))
+
+
+def lookahead_rows(model: GPT, layout: Layout, cache: KVCache) -> torch.Tensor:
+    """Hidden states (B, Q, n_embd) of a layout's look-ahead rows, where the cache holds just its real rows."""
+    position = layout.depth[:, cache.max_len :].clamp(max=model.config.block_size - 1)
+    x, mask = model.lookahead[layout.lookahead] + model.wpe(position), layout.visible[:, None, cache.max_len :]
+    for block, pairs in zip(model.h, cache.pairs, strict=True):
+        x = block(x, mask, lambda own, pairs=pairs: torch.cat([pairs, own], dim=1))
+    return x
 
 
 def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -18,12 +18,15 @@ import torch.nn.functional as F
 from minipass.errors import InputError
 from minipass.layout import Layout
 
+DRAFTING = ("lookahead", "draft_head.")  # the parameters that only drafting reads: what is trained on a frozen base
+
 
 @dataclass(frozen=True)
 class GPTConfig:
     """Sizes of a model. The defaults are those of the shipped models.
 
-    vocab_size: tokens; block_size: positions of the context window; n_lookahead: trained look-ahead tokens (may be 0).
+    vocab_size: tokens; block_size: positions of the context window; n_lookahead: trained look-ahead tokens (may be 0);
+    n_draft: hidden units of the draft head (0: without one).
     Raises InputError when a size is impossible.
     """
 
@@ -33,10 +36,11 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 256
     n_lookahead: int = 8
+    n_draft: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "n_lookahead" else 1
+            value, least = getattr(self, field.name), 0 if field.name in ("n_lookahead", "n_draft") else 1
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{field.name} must be a whole number of at least {least}, not {value!r}")
         if self.n_embd % self.n_head:
@@ -148,6 +152,22 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class DraftHead(nn.Module):
+    """Tells a look-ahead row, which was computed blindly, the token before the place that it predicts (not in the
+    paper): that token is known when the draft is drawn. The last matrix is zero at first, which changes nothing."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(2 * config.n_embd, config.n_draft)
+        self.c_proj = nn.Linear(config.n_draft, config.n_embd)
+        nn.init.zeros_(self.c_proj.weight)
+        nn.init.zeros_(self.c_proj.bias)
+
+    def forward(self, hidden: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Hidden states past the final norm and embeddings of the tokens before, both (..., n_embd), to the former."""
+        return hidden + self.c_proj(F.gelu(self.c_fc(torch.cat([hidden, before], dim=-1)), approximate="tanh"))
+
+
 class GPT(nn.Module):
     """A GPT-2 with a table of look-ahead embeddings.
 
@@ -164,6 +184,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lookahead = nn.Parameter(torch.empty(config.n_lookahead, config.n_embd))
         self.reset_parameters()
+        self.new_draft_head(config.n_draft)
 
     def reset_parameters(self) -> None:
         """GPT-2's initialisation: normal with std 0.02, projections into the residual stream scaled by its depth."""
@@ -184,6 +205,11 @@ class GPT(nn.Module):
             raise InputError(f"a look-ahead table of shape {shape} does not fit a model with n_embd {n_embd}")
         self.config = replace(self.config, n_lookahead=len(table))
         self.lookahead = nn.Parameter(table.detach().to(self.wte.weight, copy=True))
+
+    def new_draft_head(self, n_draft: int) -> None:
+        """Replaces the draft head by a new one, which changes nothing yet; 0: by none. Raises InputError if < 0."""
+        self.config = replace(self.config, n_draft=n_draft)
+        self.draft_head = DraftHead(self.config).to(self.wte.weight) if n_draft else None
 
     def with_lookahead(self, table: torch.Tensor) -> "GPT":
         """This model, weights shared, with another look-ahead table. Raises InputError as set_lookahead."""
@@ -237,9 +263,20 @@ class GPT(nn.Module):
             x = block(x, mask, None if cache is None else partial(cache.store, layer, slots))
         return x
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states (..., n_embd) to logits (..., vocab_size): the final norm and the tied head."""
-        return F.linear(self.ln_f(hidden), self.wte.weight)
+    def logits(
+        self, hidden: torch.Tensor, before: torch.Tensor | None = None, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states (..., n_embd) to logits (..., vocab_size): the final norm and the tied output.
+
+        before: (...) int64, for look-ahead rows the tokens before the places that they predict: read by a draft head.
+        tokens: (..., K) int64, of which alone logits (..., K) are wanted.
+        """
+        hidden = self.ln_f(hidden)
+        if before is not None and self.draft_head is not None:
+            hidden = self.draft_head(hidden, self.wte(before))
+        if tokens is not None:
+            return (self.wte(tokens) @ hidden[..., None]).squeeze(-1)
+        return F.linear(hidden, self.wte.weight)
 
     def forward(self, ids: torch.Tensor, layout: Layout | None = None, cache: KVCache | None = None) -> torch.Tensor:
         """One pass over R rows to logits (B, R, vocab_size), in the model's dtype; arguments and errors of `hidden`."""

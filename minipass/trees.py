@@ -7,6 +7,7 @@ paper's two passes, the fused pass and trees of alternatives are one step with o
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -80,14 +81,25 @@ def chain(n_drafts: int) -> DraftTree:
     return DraftTree(range(n_drafts))
 
 
+class Level(NamedTuple):
+    """Drafts that are drawn together, int64: place (n,), the depths whose look-ahead rows draw; parents (n,), the nodes
+    whose tokens these rows may know; of each draft drawn the place's index in them, source (m,), and its rank (m,)."""
+
+    place: torch.Tensor
+    parents: torch.Tensor
+    source: torch.Tensor
+    rank: torch.Tensor
+
+
 class Nodes(NamedTuple):
     """A Shape's numbers on a device, int64 unless said otherwise, made once. N drafts, up to L look-ahead tokens.
 
-    layout: of the rows [root, drafts, look-ahead groups]. depth, number: (1 + N,). parents, rank: (N,) of the drafts.
+    layout: of the rows [root, drafts, look-ahead groups]. depth, number: (1 + N,). parents: (N,) of the drafts.
     elsewhere: (1 + N, 1 + N) bool, [i, j] is True unless node j is on the way to node i, or is it.
     path: (1 + N, 1 + D), the nodes on the way to each, from the root to itself, then itself again.
-    by_rank: for each rank the drafts that have it, as nodes. group_rows: (1 + N, L), the rows after each node that
-    draft for the next pass; where a look-ahead token is missing, the last of the group, or the root's, takes its place.
+    group_rows: (1 + N, L), the rows after each node that draft for the next pass; where a look-ahead token is missing,
+    the last of the group, or the root's, takes its place. by_rank: for each rank the drafts that have it, as nodes.
+    levels: drafts in the order in which they are drawn. p_row: (1 + N,), which of all their places drew the children.
     """
 
     layout: Layout
@@ -95,10 +107,11 @@ class Nodes(NamedTuple):
     depth: torch.Tensor
     number: torch.Tensor
     parents: torch.Tensor
-    rank: torch.Tensor
     path: torch.Tensor
     group_rows: torch.Tensor
+    p_row: torch.Tensor
     by_rank: tuple[torch.Tensor, ...]
+    levels: tuple[Level, ...]
 
 
 @dataclass(frozen=True)
@@ -118,21 +131,34 @@ class Shape:
         return len(self.tree.depth) + sum(self.tree.lengths(self.n_lookahead))
 
     @lru_cache(maxsize=1024)  # noqa: B019 - shapes are few and small
-    def on(self, device: torch.device) -> Nodes:
-        """The shape's numbers on a device."""
+    def on(self, device: torch.device, by_parent: bool = False) -> Nodes:
+        """The shape's numbers on a device. by_parent: children are drawn depth by depth, and know their parent's token;
+        else all drafts are drawn at once, from one distribution for each depth."""
         drafts, rows = self.tree, [CACHE_END, *self.tree.parents]
         lengths = np.array(drafts.lengths(self.n_lookahead))
         first_row = len(lengths) + lengths.cumsum() - lengths
         first, length = np.where(lengths > 0, (first_row, lengths), (first_row[:1], lengths[:1]))
         group_rows = first[:, None] + np.minimum(np.arange(self.n_lookahead), length[:, None] - 1)
-        visible = tree(rows).visible[0]
+        layout, visible = with_groups(rows, range(len(rows)), lengths).to(device), tree(rows).visible[0]
         ways = [node.nonzero()[:, 0].tolist() for node in visible]
         paths = [way + way[-1:] * (1 + drafts.depth[-1] - len(way)) for way in ways]
         by_rank = [[node for node, rank in enumerate(drafts.rank, 1) if rank == r] for r in range(drafts.width)]
-        numbers = (drafts.depth, range(len(rows)), drafts.parents, drafts.rank, paths, group_rows, *by_rank)
-        tensors = [torch.as_tensor(np.array(each, dtype=np.int64), device=device) for each in numbers]
-        layout = with_groups(rows, range(len(rows)), lengths).to(device)
-        return Nodes(layout, ~visible.to(device), *tensors[:6], by_rank=tuple(tensors[6:]))
+        # The node that draws a node's children: itself, or for all of a depth its first. Levels are drawn one by one.
+        draws = [i if by_parent else drafts.depth.index(depth) for i, depth in enumerate(drafts.depth)]
+        drawing = sorted({draws[parent] for parent in drafts.parents})
+        p_row = [drawing.index(node) if node in drawing else len(drawing) for node in draws]
+        levels = []
+        for _, group in groupby(drawing, key=lambda node: by_parent and drafts.depth[node]):
+            level, drawn = list(group), zip(drafts.parents, drafts.rank, strict=True)
+            drawn = [(level.index(draws[parent]), rank) for parent, rank in drawn if draws[parent] in level]
+            levels.append(([drafts.depth[node] for node in level], level, *zip(*drawn, strict=True)))
+
+        def put(numbers: Sequence) -> torch.Tensor:
+            return torch.as_tensor(np.array(numbers, dtype=np.int64), device=device)
+
+        numbers = map(put, (drafts.depth, range(len(rows)), drafts.parents, paths, group_rows, p_row))
+        levels = tuple(Level(*map(put, level)) for level in levels)
+        return Nodes(layout, ~visible.to(device), *numbers, tuple(map(put, by_rank)), levels)
 
 
 class Drafts(NamedTuple):

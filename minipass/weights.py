@@ -23,7 +23,7 @@ import torch
 
 from minipass.errors import InputError
 from minipass.files import atomic_write, explained, read
-from minipass.model import GPT, GPTConfig
+from minipass.model import DRAFTING, GPT, GPTConfig
 from minipass.tokenizer import encoding_of, gpt2_encoding
 
 FORMAT, VERSION = "minipass checkpoint", 1
@@ -88,12 +88,12 @@ def save(
 ) -> None:
     """Writes a checkpoint, its weights cast to `dtype` (None: as they are). Raises InputError.
 
-    base: the GPT-2, as load_folder takes it, that all weights but the look-ahead table are those of: then only the
-    table is stored.
+    base: the GPT-2, as load_folder takes it, that all weights are those of but for the look-ahead table and the draft
+    head: then only these are stored.
     """
     weights = {name: value.detach().to("cpu", dtype or value.dtype) for name, value in model.state_dict().items()}
     if base is not None:
-        weights = {"lookahead": weights["lookahead"]}
+        weights = _drafting(weights)
     tokenizer: dict[str, Any] = {"name": encoding.name}
     if encoding.name != "gpt2":  # tiktoken keeps that one itself
         tokenizer["tokens"] = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab - 1)]
@@ -163,8 +163,8 @@ def save_pretrained(model: GPT, folder: str | Path) -> None:
 
 
 def their_weights(model: GPT) -> dict[str, torch.Tensor]:
-    """The weights but for the look-ahead table, under GPT2LMHeadModel's names and in its shapes; the head is tied."""
-    stored = {name: value for name, value in model.state_dict().items() if name != "lookahead"}
+    """All weights but what only drafting reads, under GPT2LMHeadModel's names and in its shapes; the head is tied."""
+    stored = {name: value for name, value in model.state_dict().items() if not name.startswith(DRAFTING)}
     return {f"transformer.{name}": v.t() if name.endswith(TRANSPOSED) else v for name, v in stored.items()}
 
 
@@ -174,19 +174,32 @@ def their_sizes(model: GPT) -> dict[str, int]:
 
 
 def load_table(model: GPT, file: str | Path) -> None:
-    """Gives `model` the look-ahead table in `file`, of any length L, in the model's dtype and on its device.
+    """Gives `model` the look-ahead table in `file`, of any length L, and the draft head, if one is there.
 
     Raises InputError when the file is missing, damaged, no table, or made for another n_embd.
     """
     tensors = _read_tensors(Path(file))
-    if list(tensors) != ["lookahead"]:
-        raise InputError(f"{file} is not a look-ahead table: it should hold one tensor, `lookahead`")
-    model.set_lookahead(tensors["lookahead"])
+    if "lookahead" not in tensors or len(_drafting(tensors)) < len(tensors):
+        raise InputError(f"{file} is not a look-ahead table: it should hold `lookahead`, and a draft head at most")
+    _set_drafting(model, tensors)
 
 
 def save_table(model: GPT, file: str | Path) -> None:
-    """Writes the look-ahead table (L, n_embd), alone, in the model's dtype. Raises InputError."""
-    _write_tensors(Path(file), {"lookahead": model.lookahead})
+    """Writes the look-ahead table (L, n_embd), and the draft head with it, in the model's dtype. Raises InputError."""
+    _write_tensors(Path(file), _drafting(model.state_dict()))
+
+
+def _drafting(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in tensors.items() if name.startswith(DRAFTING)}
+
+
+def _set_drafting(model: GPT, tensors: dict[str, torch.Tensor]) -> None:
+    model.set_lookahead(tensors["lookahead"])
+    head = {name.removeprefix("draft_head."): value for name, value in tensors.items() if name != "lookahead"}
+    model.new_draft_head(len(head.get("c_fc.bias", ())))
+    if head:
+        with explained("the draft head does not fit the model", (RuntimeError, AttributeError)):
+            model.draft_head.load_state_dict(head)
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:
@@ -206,7 +219,7 @@ def _read_checkpoint(path: Path) -> Checkpoint:
             model = GPT(config)
             model.load_state_dict(content["weights"])
         else:
-            model.set_lookahead(content["weights"]["lookahead"])
+            _set_drafting(model, content["weights"])
             if model.config != config:
                 raise TypeError(f"the sizes of {base} are others now")
         encoding = gpt2_encoding() if tokenizer["name"] == "gpt2" else encoding_of(tokenizer["tokens"])

@@ -303,14 +303,18 @@ def training(folder: Path, *arguments) -> tuple:
     return ("--data", folder.parent / "text.txt", "--init", folder, *settings, *arguments)
 
 
-def test_the_lookahead_stage_stores_the_table_alone_and_goes_on_from_it(gpt2_over_bytes, call, monkeypatch, tmp_path):
-    arguments = training(gpt2_over_bytes, "--stage", "lookahead", "--n-lookahead", "5")
+@pytest.mark.parametrize("head", ["none", "mlp"])
+def test_the_lookahead_stage_stores_what_it_trains_alone_and_continues_from_it(
+    head, gpt2_over_bytes, call, monkeypatch, tmp_path
+):
+    arguments = training(gpt2_over_bytes, "--stage", "lookahead", "--n-lookahead", "5", "--head", head)
     call(train_tiny, *arguments, "--out", tmp_path / "unbroken")
     files = {path.name: path.stat().st_size for path in (tmp_path / "unbroken").iterdir()}
     assert set(files) == {"heldout.tokens", "last.pt", "log.jsonl", "loss.png", "table.safetensors", "train.tokens"}
-    assert files["table.safetensors"] < 500
+    assert files["table.safetensors"] < (500 if head == "none" else 8000)
     last = torch.load(tmp_path / "unbroken/last.pt", weights_only=True)
-    assert set(last["weights"]) == {"lookahead"}
+    trained = {"lookahead"} if head == "none" else {"lookahead", "draft_head"}
+    assert {name.partition(".")[0] for name in last["weights"]} == trained
 
     real, calls = losses.lookahead_loss, []
 

@@ -80,6 +80,23 @@ def test_the_lookahead_stage_moves_the_table_and_nothing_else(train, base, tmp_p
     assert moved(base, after) == {"lookahead"}
 
 
+def test_the_lookahead_stage_trains_a_draft_head_unless_it_is_told_not_to(train, base, tmp_path):
+    arguments = ["--stage", "lookahead", "--init", str(base), "--steps", "4"]
+    model = train(tmp_path / "mlp", *arguments).model
+    assert model.config.n_draft == 2 * model.config.n_embd
+    assert model.draft_head.c_proj.weight.abs().sum() > 0, "zero when it is new"
+    assert train(tmp_path / "none", *arguments, "--head", "none").model.draft_head is None
+    again = ["--stage", "lookahead", "--init", str(tmp_path / "mlp/model.pt"), "--steps", "2"]
+    assert "draft_head.c_proj.weight" in moved(tmp_path / "mlp/model.pt", train(tmp_path / "more", *again))
+    assert train(tmp_path / "without", *again, "--head", "none").model.config.n_draft == 0
+
+
+def test_the_joint_stage_has_a_draft_head_from_the_start_and_the_base_stage_has_none(train, tmp_path):
+    joint = train(tmp_path / "joint", "--stage", "joint", "--steps", "2", *SIZES).model
+    assert joint.draft_head is not None and joint.config.n_draft == 2 * joint.config.n_embd
+    assert train(tmp_path / "base", "--stage", "base", "--steps", "2", *SIZES).model.draft_head is None
+
+
 def test_the_base_stage_leaves_the_table_alone(train, base, tmp_path):
     names = moved(base, train(tmp_path, "--stage", "base", "--init", str(base), "--steps", "3"))
     assert "lookahead" not in names

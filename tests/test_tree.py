@@ -420,8 +420,8 @@ def test_siblings_that_are_not_tested_in_the_order_they_were_drawn_are_caught(ti
     assert texts_p_value(tiny, REJECTION) < 1e-6
 
 
-def siblings_see_each_other(shape: Shape, device: torch.device, on=Shape.on):
-    nodes, n_rows = on(shape, device), len(shape.tree.depth)
+def siblings_see_each_other(shape: Shape, *arguments, on=Shape.on):
+    nodes, n_rows = on(shape, *arguments), len(shape.tree.depth)
     visible = nodes.layout.visible.clone()
     visible[:, :n_rows, :n_rows] = torch.ones(n_rows, n_rows).tril().bool()
     return nodes._replace(layout=Layout(visible, nodes.layout.depth, nodes.layout.lookahead))
