@@ -1,9 +1,10 @@
 """Trains a small GPT and its look-ahead tokens: `python train_tiny.py` does something sensible in ten minutes.
 
-Stages: `base` trains a plain language model; `lookahead` freezes a base and trains only the look-ahead table (the
-paper, section 3.2); `joint` trains both together. A run lives in a folder: last.pt (go on with --resume), the encoded
-corpus, log.jsonl, loss.png, and when it is finished model.pt (table.safetensors, a few KB, where the base is a GPT-2
-that stayed as it was). With --steps a run is reproducible: step s draws its batch from the seed and s alone, so that
+Stages: `base` trains a plain language model; `lookahead` freezes a base and trains the look-ahead table and a draft head
+(--head none: the table alone, as in the paper, section 3.2); `joint` trains all together. A run lives in a folder:
+last.pt (continue with --resume), the encoded corpus, log.jsonl, loss.png, and when it is finished model.pt (where the
+base is a GPT-2 that stayed as it was: table.safetensors, which holds only what was trained). With --steps a run is
+reproducible: step s draws its batch from the seed and s alone. So
 `torchrun --nproc_per_node N train_tiny.py ...` takes the same steps with N processes, each with its share of the batch.
 """
 
@@ -42,7 +43,7 @@ from minipass.files import atomic_write
 from minipass.model import DRAFTING, GPT, GPTConfig
 from minipass.tokenizer import build_encoding, gpt2_encoding, train_bpe
 
-# What may differ when a run goes on, as may the number of processes.
+# What may differ when a run continues, as may the number of processes.
 NOT_PART_OF_A_RUN = ("resume", "device", "dtype", "minutes", "save_every", "accumulate", "checkpoint_activations")
 
 MATRICES = ("h.", "draft_head.")  # where the parameters for Muon are
@@ -294,7 +295,7 @@ class Trainer:
     """A run in hand: model, corpus and optimizers, and how far it has come. Every process has one."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, rank: int, world: int) -> None:
-        """Begins a run, or goes on with the one in --out. Raises InputError when that is not possible."""
+        """Begins a run, or continues the one in --out. Raises InputError when that is not possible."""
         self.args, self.device, self.rank, self.world = args, device, rank, world
         dtype = choose_dtype(args.dtype, device)
         self.autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
@@ -323,10 +324,10 @@ class Trainer:
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
         else:
-            self.save()  # now, so that a folder that cannot be written is known before hours are spent
+            self.save()  # now: a folder that cannot be written is known before hours are spent
 
     def _prepare(self, loaded: weights.Checkpoint | None) -> None:
-        """Model and encoded corpus, of the run that goes on or new ones."""
+        """Model and encoded corpus, of the run that continues or new ones."""
         args, files = self.args, (self.args.out / "train.tokens", self.args.out / "heldout.tokens")
         encoded = loaded and all(os.path.exists(file) for file in files)
         parts = () if encoded else split_documents(find_documents(args.data))
@@ -386,7 +387,7 @@ class Trainer:
             nonlocal interrupted
             if interrupted:
                 raise KeyboardInterrupt
-            interrupted = True  # the step in hand is finished first, so that what is saved is a whole step
+            interrupted = True  # the step in hand is finished first: what is saved is a whole step
 
         signal.signal(signal.SIGINT, on_interrupt)
         network = TrainingPass(self.model, frozen=args.stage == "lookahead")
@@ -433,7 +434,7 @@ class Trainer:
         for part in range(args.accumulate):
             first = (self.rank * args.accumulate + part) * self.share
             mine = slice(first, first + self.share)
-            waits = self.world > 1 and part < args.accumulate - 1  # gradients are exchanged once, behind the last part
+            waits = self.world > 1 and part < args.accumulate - 1  # gradients are exchanged once, after the last part
             with network.no_sync() if waits else nullcontext():
                 with self.autocast:
                     loss = whole_loss(network, batch[mine].to(self.device), cuts[mine], n_lookahead, kind, args)
@@ -478,7 +479,7 @@ def main() -> None:
     if rank:
         return
     if not done:
-        print(f"stopped after step {trainer.step}; the same command with --resume goes on")
+        print(f"stopped after step {trainer.step}; the same command with --resume continues")
         return
     if trainer.base:
         result = args.out / "table.safetensors"

@@ -49,7 +49,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         try:
             main()
-        finally:  # also behind --help, which ends with SystemExit
+        finally:  # also after --help, which ends with SystemExit
             print(end="", flush=True)
     except InputError as error:
         sentence = " ".join(str(error).split())

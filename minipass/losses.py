@@ -14,13 +14,13 @@ from minipass.model import GPT, KVCache
 
 LOOKAHEAD_LOSSES = ("ce", "kl", "tv")
 N_RANKS = 10  # drafts of one position that are compared with the likeliest token
-TV_SCALE = 4.0  # a total variation counts for so many nats of KL, so that one weight suits all three losses
+TV_SCALE = 4.0  # a total variation counts for so many nats of KL: one weight then suits all three losses
 
 
 def random_cuts(batch_size: int, n_text: int, n_groups: int, n_lookahead: int, rng: np.random.Generator) -> np.ndarray:
     """Rows from which look-ahead groups hang, (batch_size, n_groups) int64: n_groups different ones for each text.
 
-    A cut c leaves c + L <= n_text - 1, so that the model's own distribution after each look-ahead position is there.
+    A cut c leaves c + L <= n_text - 1: the model's own distribution after each look-ahead position is there.
     """
     choices = np.arange(n_text - n_lookahead)
     return np.stack([rng.choice(choices, n_groups, replace=False) for _ in range(batch_size)])
@@ -67,7 +67,7 @@ def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
 
 def rows_after_cuts(per_row: torch.Tensor, cuts: np.ndarray, n_lookahead: int) -> torch.Tensor:
-    """Picks what belongs to each look-ahead row: [LA]_i behind cut c stands at position c + i.
+    """Picks what belongs to each look-ahead row: [LA]_i after cut c is at position c + i.
 
     per_row: (B, T, ...) something per text row; returns (B, G, L, ...).
     """

@@ -51,9 +51,9 @@ class KVCache:
     """Keys and values of the real tokens so far: preallocated, with a length for each text of the batch.
 
     pairs: (n_layer, B, max_len, 2, n_head, head_dim), keys and values side by side. length: (B,) int64. A pass writes
-    its R rows into the slots after `length` and leaves `length` alone; the caller then keeps the first k of them with
-    `cache.length += k`. Rows that are not kept (look-ahead rows, rejected drafts) are overwritten by the next pass;
-    until then the mask hides them. Rolling back is setting `length`.
+    its R rows into the slots after `length` and leaves `length` alone; the caller then counts in the first k of them by
+    `cache.length += k`. Others (look-ahead rows, rejected drafts) are overwritten by the next pass; until then the mask
+    hides them. Rolling back is setting `length`.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and added to the residual stream."""
+    """Attention and MLP, each after a LayerNorm and added to the residual stream."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

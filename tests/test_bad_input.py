@@ -436,7 +436,7 @@ def test_an_interrupted_training_run_saves_and_goes_on(call, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert "--resume goes on" in out
+    assert "--resume continues" in out
     assert "Traceback" not in err
     state = weights.load(last).training
     assert state["step"] == len(log.read_text().splitlines()) > 0

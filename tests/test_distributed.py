@@ -97,7 +97,7 @@ def test_two_processes_take_the_steps_of_one_and_one_goes_on_where_two_stopped(c
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], err + other_err
-    assert "--resume goes on" in out
+    assert "--resume continues" in out
     assert (other_out, other_err) == ("", ""), "one process speaks for all"
     steps = len(curve(two))
     assert f"stopped after step {steps};" in out

@@ -167,7 +167,7 @@ def test_a_run_resumed_after_ctrl_c_ends_as_an_unbroken_one(
         pytest.fail("the step in hand was not finished")
     out = capsys.readouterr().out
     assert "stopped after step 5" in out
-    assert "--resume goes on" in out
+    assert "--resume continues" in out
     assert not (tmp_path / "model.pt").exists()
     run_training(tmp_path, *SIX_STEPS, "--resume")
     assert_same_run(unbroken, tmp_path)
