@@ -1,7 +1,7 @@
 """Trains a small GPT and its look-ahead tokens: `python train_tiny.py` does something sensible in ten minutes.
 
-Stages: `base` trains a plain language model; `lookahead` freezes a base and trains the look-ahead table and a draft head
-(--head none: the table alone, as in the paper, section 3.2); `joint` trains all together. A run lives in a folder:
+Stages: `base` trains a plain language model; `lookahead` freezes a base and trains the look-ahead table and a draft
+head (--head none: the table alone, as in the paper, section 3.2); `joint` trains all together. A run lives in a folder:
 last.pt (continue with --resume), the encoded corpus, log.jsonl, loss.png, and when it is finished model.pt (where the
 base is a GPT-2 that stayed as it was: table.safetensors, which holds only what was trained). With --steps a run is
 reproducible: step s draws its batch from the seed and s alone. So
