@@ -1,8 +1,9 @@
 """What the bench measures: checkpoints, held-out text, and the methods that compete on it."""
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from minipass.trees import DraftTree
 GREEDY, SAMPLED, PLAIN_SAMPLED = "greedy", "T = 0.8, top-k 10", "T = 1"
 DECODINGS = {GREEDY: Sampling(), SAMPLED: Sampling(0.8, top_k=10), PLAIN_SAMPLED: Sampling(1.0)}
 PLAIN, TWO_PASS, FUSED, TREE, LOOKUP = "plain", "two-pass", "fused", "tree of 4 L", "prompt lookup alone"
+NO_HEAD = ", no head"  # at a name's end: with the model's draft head left out
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,20 @@ class Subject:
     @property
     def model(self) -> GPT:
         return self.loaded.model
+
+    @cached_property
+    def headless(self) -> "Subject":
+        """The same without its draft head."""
+        model = copy.deepcopy(self.model)
+        model.new_draft_head(0)
+        return Subject(f"{self.name}{NO_HEAD}", replace(self.loaded, model=model))
+
+    def with_and_without_head(self) -> list["Subject"]:
+        return [self] if self.model.draft_head is None else [self, self.headless]
+
+    def model_of(self, name: str) -> GPT:
+        """What a contender of this name runs with."""
+        return self.headless.model if name.endswith(NO_HEAD) else self.model
 
     @property
     def millions(self) -> str:
@@ -100,6 +116,8 @@ class Bench:
             TREE: Fused(tree),
             f"{TREE}, rejection": Fused(tree, REJECTION),
         }
+        if self.subject.model.draft_head is not None:
+            found[f"{FUSED}{NO_HEAD}"] = Fused(n_drafts)
         if decoding == GREEDY:  # both rules are one
             found = {name: method for name, method in found.items() if not name.endswith("rejection")}
         return found | ({"two models": TwoModels(self.draft.model, n_drafts)} if self.draft else {})
@@ -117,7 +135,7 @@ class Bench:
     ) -> Contender:
         """A method of ours on held-out prompts, by default with the subject."""
         subject = subject or self.subject
-        engine, prompts = self.engine(method, decoding, subject.model), self.prompts(subject, domain)
+        engine, prompts = self.engine(method, decoding, subject.model_of(name)), self.prompts(subject, domain)
         return ours(name, engine, prompts, self.new_tokens, n_drafts, baseline)
 
     def family(

@@ -33,7 +33,10 @@ def headline(bench: Bench) -> Report:
         report.data[decoding], _ = report.race(bench, bench.data, decoding, contenders)
     seconds = quartiles(prefill_seconds(bench.subject.model, bench.prompts(bench.subject, bench.data)))
     report.parts.append(f"Prefill is not in these figures; it takes {spread(seconds, 1, scale=1000)} ms.")
-    report.data |= {"prefill_seconds": seconds, "teacher_forced": report.forced(bench, bench.data, bench.subject)}
+    report.data |= {
+        "prefill_seconds": seconds,
+        "teacher_forced": report.forced(bench, bench.data, *bench.subject.with_and_without_head()),
+    }
     report.parts.append(bench.drafter())
     report.draw_speedups("headline")
     return report
@@ -207,7 +210,8 @@ def text_quality(bench: Bench) -> Report:
     picked, length = [encoded[i * len(encoded) // bench.n_samples] for i in range(bench.n_samples)], bench.lookahead[0]
     rows = []
     for name, method in {PLAIN: Plain(), **bench.methods(length, SAMPLED)}.items():
-        engine, encoding = bench.engine(method, SAMPLED), bench.subject.loaded.encoding
+        engine = bench.engine(method, SAMPLED, bench.subject.model_of(name))
+        encoding = bench.subject.loaded.encoding
         rows.append({"method": name, **quality.judge(engine, encoding, picked, bench.new_tokens, bench.seed, name)})
     note = (
         f"{bench.caption(bench.subject, SAMPLED)}: {bench.n_samples} heads of functions in held-out files "
