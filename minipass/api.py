@@ -39,7 +39,7 @@ def make_method(name: str, **drafting: Any) -> Method:
 
     Raises InputError for what does not fit.
     """
-    if name not in MAKERS:
+    if not isinstance(name, str) or name not in MAKERS:
         raise InputError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
     given = {argument: value for argument, value in drafting.items() if value is not None}
     for argument in given.keys() - inspect.signature(MAKERS[name]).parameters.keys():

@@ -161,6 +161,8 @@ class AdaptiveTree:
     def add(self, turn: Turn) -> None:
         """Takes a turn into account; `tree` is then the next turn's."""
         tree = turn.shape.tree
+        if len(self.available) != len(turn.last):  # another stream's
+            self.available = turn.n_tested
         if tree.depth[-1] > 0 and tree == self.tree.cut(tree.depth[-1]):  # else its drafts were not only look-ahead's
             for b, last in enumerate(turn.last):
                 if turn.active[b]:

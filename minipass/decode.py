@@ -12,7 +12,7 @@ function of tensors, which a CUDA graph can record. `Engine` is the host's side:
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain as joined
 from itertools import cycle, repeat
 from typing import Any, NamedTuple
@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 
 from minipass import graphs
-from minipass.errors import InputError
+from minipass.errors import InputError, whole
 from minipass.lookup import PromptLookup, copied_drafts
 from minipass.model import GPT, KVCache
 from minipass.sampling import COUPLED, DRAFT, REJECTION, RULES, TARGET, Distribution, Sampling, mix, stream_keys
 from minipass.texts import Generation, Prompts, Seeds, StopTokens, Texts, Turn
 from minipass.trees import Drafts, DraftTree, Nodes, Shape, accept, chain
 
-MOST_TOKENS, N_CANDIDATES = 2**14, 64  # of a larger vocabulary a draft head weighs only the likeliest tokens without it
+LARGE_VOCABULARY, N_CANDIDATES = 2**14, 64  # of a larger one a draft head scores only the tokens likeliest without it
 
 
 class Handed(NamedTuple):
@@ -57,6 +57,7 @@ class Decoder:
     def __init__(self, models: list[GPT], sampling: Sampling, rule: str, n_texts: int, max_len: int) -> None:
         self.models, self.model, self.device, self.sampling = models, models[0], models[0].device, sampling
         self.rule = rule if sampling.temperature > 0 else COUPLED  # greedy, both rules ask what the target draws
+        self.scores_candidates = models[0].config.vocab_size > LARGE_VOCABULARY and models[-1].draft_head is not None
         self.by_parent = len(models) > 1 or models[0].draft_head is not None  # p depends on the token before
         self.caches = [KVCache(m.config, n_texts, max_len, device=m.device, dtype=m.dtype) for m in models]
         self.cache = self.caches[0]
@@ -105,7 +106,7 @@ class Decoder:
         keys = keys[TARGET if self.rule == COUPLED else DRAFT]  # coupled: drafts race with the target's noise
         hidden = F.pad(handed.hidden, (0, 0, 0, max(0, tree.depth[-1] - handed.hidden.shape[1])))  # (B, D or L, n_embd)
         likely = None
-        if self.model.draft_head is not None and nodes.levels and self.model.config.vocab_size > MOST_TOKENS:
+        if self.scores_candidates and nodes.levels:
             likely = self.model.logits(hidden).topk(max(N_CANDIDATES, tree.width)).indices  # (B, D or L, K)
         tokens, made = handed.root[:, None], []  # (B, 1 + drafts so far)
         for level in nodes.levels:
@@ -161,7 +162,7 @@ class Decoder:
         return Handed(root, root, self.cache.pairs.new_empty(len(root), 0, self.model.config.n_embd))
 
     def set_active(self, rows: Sequence[int]) -> None:
-        """The rows of the batch whose texts continue; the caches of the others stay as they are."""
+        """The rows of the batch whose texts continue; the cached tokens of the others stay as they are."""
         self.n_active, active = len(rows), torch.zeros(len(self.start), dtype=torch.bool)
         active[list(rows)] = True
         self.active.copy_(active, non_blocking=True)
@@ -218,6 +219,9 @@ class Plain(Method):
 class TwoPass(Method):
     """The paper's Algorithm 1 with L = n_lookahead: a turn that drafts, a turn that verifies, and so on.
 
+    The draft turn has no drafts to accept: it draws the next token and hands on what the look-ahead rows say. The
+    verify turn draws the drafts from that, tests them, and looks no further ahead.
+
     fixed_token: this token's embedding takes the place of every look-ahead token's, as in the paper's comparison.
     """
 
@@ -261,9 +265,14 @@ class Fused(Method):
 class TwoModels(Method):
     """A small model drafts token by token, the large one verifies (arXiv 2211.17192, 2302.01318)."""
 
-    draft_model: GPT
+    draft_model: GPT = field()  # no default, whatever Method has
     n_drafts: int = 2
     rule: str = COUPLED
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.draft_model, GPT):
+            raise InputError(f"draft_model must be a GPT, not {self.draft_model!r}")
+        super().__post_init__()
 
     @property
     def largest(self) -> tuple[Shape, ...]:
@@ -283,10 +292,11 @@ def fused(texts: Texts, trees: Iterator[DraftTree], lookup: int) -> Schedule:
 
 
 def copied_shape(n_drafts: int, n_lookahead: int) -> Shape:
-    """A chain of copied drafts with look-ahead tokens after the root alone, in case that none is right: where all are,
-    the text most likely continues to repeat itself."""
+    """A chain of copied drafts with look-ahead tokens after the root alone, in case that none is right: if all are,
+    the next drafts are most likely copied again."""
+    copied = chain(n_drafts)
     groups = (n_lookahead, *[0] * n_drafts) if n_lookahead else None
-    return Shape(DraftTree(chain(n_drafts).parents, groups), n_lookahead)
+    return Shape(DraftTree(copied.parents, groups), n_lookahead)
 
 
 FUSED, GREEDY = Fused(), Sampling()  # the defaults
@@ -296,27 +306,34 @@ class Engine:
     """A model, a method and settings, made once and used for many texts. What comes out has the target's distribution.
 
     method: Plain(), TwoPass(..), Fused(..), TwoModels(..) or auto.Auto(..). sampling: greedy by default.
-    use_graphs: on CUDA, turns are recorded as graphs and replayed; they keep their shape up to a text's end.
+    use_graphs: on CUDA, turns are recorded as graphs and replayed; shapes are then not cut near a text's end.
     Raises InputError where the model does not fit the method.
     """
 
     def __init__(self, model: GPT, method: Method = FUSED, sampling: Sampling = GREEDY, *, use_graphs: bool = False):
-        config, token = model.config, method.fixed_token
+        for given, kind in ((model, GPT), (method, Method), (sampling, Sampling)):
+            if not isinstance(given, kind):
+                raise InputError(f"an Engine needs a {kind.__name__} here, not {given!r:.60}")
+        config, token, drafter = model.config, method.fixed_token, method.draft_model
         ahead, width = (
             max(each) for each in zip(*((s.n_lookahead, s.tree.width) for s in method.largest), strict=True)
         )
-        if token is not None and not 0 <= token < config.vocab_size:
-            raise InputError(f"fixed_token must lie in 0..{config.vocab_size - 1}, not {token}")
-        if token is None and ahead > config.n_lookahead:
+        if token is not None:
+            whole(token, "fixed_token", 0, config.vocab_size - 1)
+        elif ahead > config.n_lookahead:
             raise InputError(f"the method needs {ahead} look-ahead tokens, but the model has {config.n_lookahead}")
         if width > config.vocab_size:
             raise InputError(f"the tree has {width} drafts for one place, the vocabulary {config.vocab_size} tokens")
-        if method.draft_model is not None and method.draft_model.config.vocab_size != config.vocab_size:
-            raise InputError("the draft model must have the vocabulary of the model")
+        if drafter is not None and (
+            drafter.config.vocab_size != config.vocab_size
+            or drafter.config.block_size < config.block_size
+            or drafter.device != model.device
+        ):
+            raise InputError("the draft model must have the model's vocabulary and device, and no smaller window")
         if use_graphs and not graphs.available(model.device):
             raise InputError(f"turns can be recorded as graphs on CUDA only, not on {model.device}")
         model = model if token is None else model.with_lookahead(model.wte.weight[[token] * ahead])
-        self.models = [model, method.draft_model] if method.draft_model is not None else [model]
+        self.models = [model] if drafter is None else [model, drafter]
         self.method, self.sampling, self.use_graphs = method, sampling, use_graphs
         self.idle: dict[int, list[Decoder]] = defaultdict(list)  # by texts: those whose graphs are recorded
 
@@ -358,12 +375,13 @@ class Engine:
                     self.idle[len(contexts)].append(decoder)
 
     def _decoder(self, n_texts: int, n_tokens: int) -> Decoder:
-        """One with room for n_tokens and a turn that overshoots; with graphs one of the idle ones where it fits."""
+        """One with room for n_tokens and turns that overshoot; with graphs one of the idle ones where it fits."""
         if self.idle[n_texts]:
             return self.idle[n_texts].pop()
         block_size = self.models[0].config.block_size
         n_slots = block_size if self.use_graphs else min(n_tokens, block_size)
-        n_slots += max(shape.n_rows + shape.tree.depth[-1] for shape in self.method.largest)
+        shapes = self.method.largest  # an ended text may have overshot by one's depth when another's rows are written
+        n_slots += max(shape.n_rows for shape in shapes) + max(shape.tree.depth[-1] for shape in shapes)
         return Decoder(self.models, self.sampling, self.method.rule, n_texts, n_slots)
 
     def _without_ended(self, texts: Texts, decoder: Decoder, handed: Handed) -> Handed:

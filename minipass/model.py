@@ -1,4 +1,4 @@
-"""The transformer, its key-value cache and the look-ahead table: GPT-2's layout plus L input embeddings.
+"""The transformer, its key-value cache, the look-ahead table and the draft head: GPT-2's layout and what PaSS adds.
 
 One forward serves training, prefill, plain decoding, draft, verify and fused passes; what differs is the Layout
 (layout.py) that says which rows see which. The L look-ahead embeddings are the only parameters that PaSS adds
@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minipass.errors import InputError
+from minipass.errors import InputError, whole
 from minipass.layout import Layout
 
 DRAFTING = ("lookahead", "draft_head.")  # the parameters that only drafting reads: what is trained on a frozen base
@@ -40,9 +40,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name in ("n_lookahead", "n_draft") else 1
-            if not isinstance(value, int) or value < least:
-                raise InputError(f"{field.name} must be a whole number of at least {least}, not {value!r}")
+            whole(getattr(self, field.name), field.name, 0 if field.name in ("n_lookahead", "n_draft") else 1)
         if self.n_embd % self.n_head:
             raise InputError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
 

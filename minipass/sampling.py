@@ -9,11 +9,12 @@ and seed, whatever the batch. `reject` is the acceptance rule of Chen et al. (ar
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 
-from minipass.errors import InputError
+from minipass.errors import InputError, whole
 
 TARGET, DRAFT, ACCEPTANCE = range(3)  # streams of noise
 REJECTION, COUPLED = RULES = ("rejection", "coupled")
@@ -61,17 +62,17 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature must be 0 or more and finite, not {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top-k must be at least 1, not {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top-p must lie in (0, 1], not {self.top_p}")
+        if not isinstance(self.temperature, Real) or not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature must be 0 or more and finite, not {self.temperature!r}")
+        if self.top_k is not None:
+            whole(self.top_k, "top-k", 1)
+        if self.top_p is not None and (not isinstance(self.top_p, Real) or not 0 < self.top_p <= 1):
+            raise InputError(f"top-p must lie in (0, 1], not {self.top_p!r}")
 
     def distribution(self, logits: torch.Tensor, n: int = 1) -> Distribution:
         """Logits (..., V) to a distribution over K tokens: top_k of them (but at least n), likeliest first, or all V.
 
-        n: how many different tokens are to be drawn. For a target n is 1; a draft distribution may be any.
+        n: how many different tokens are to be drawn; more than 1 for drafts only, which may come from any distribution.
         """
         if self.temperature == 0:
             tokens = logits.argmax(-1, keepdim=True) if n == 1 else logits.topk(n).indices
@@ -100,10 +101,10 @@ class Sampling:
         """
         if self.temperature == 0:
             return given.tokens[..., 0] if n is None else given.tokens[..., :n]
-        time = given.probs / -uniform(key, given.tokens).log()  # the race: the largest wins
+        speed = given.probs / -uniform(key, given.tokens).log()  # the race: the fastest wins
         if n is None:
-            return given.tokens.gather(-1, time.argmax(-1, keepdim=True)).squeeze(-1)
-        return given.tokens.gather(-1, time.topk(n).indices)
+            return given.tokens.gather(-1, speed.argmax(-1, keepdim=True)).squeeze(-1)
+        return given.tokens.gather(-1, speed.topk(n).indices)
 
 
 def reject(
@@ -114,7 +115,7 @@ def reject(
     draft: (B, n) int64, drawn from p (B, n, V), which need not be normalised. q: K tokens at each place, (B, n, K),
     normalised. u: (B, n) in (0, 1). Returns accepted (B, n) bool, the residual normalize(max(0, q - p)) (B, n, K) as
     probabilities of q's tokens, and p without the draft, (B, n, V). A draft with p of 0 was never drawn: it is not
-    accepted and leaves q as it is. Where p == q, which is never rejected but for rounding, q is the residual.
+    accepted and leaves q as it is. Where q - p leaves nothing, q is the residual.
     """
     p = p / p.sum(-1, keepdim=True).clamp(min=1e-300)
     p_draft = p.gather(-1, draft[..., None]).squeeze(-1)  # (B, n)

@@ -1,15 +1,14 @@
 """The host's side of decoding: the texts, how much each may still have, and a record of every turn.
 
-Nothing here knows the device: a turn's results come as lists of numbers. A text whose context has outgrown the window
-continues from the context's last half window; that is part of what plain decoding computes, for all methods alike.
+Nothing here computes on the device: a turn's results come as lists of numbers. A text whose context has outgrown the
+window continues from the context's last half window, which is part of what plain decoding computes, for all methods.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain as joined
 from typing import Any
 
-from minipass.errors import InputError
+from minipass.errors import InputError, whole
 from minipass.model import GPTConfig
 from minipass.trees import Shape
 
@@ -89,27 +88,26 @@ class Texts:
         self, prompts: Prompts, max_new_tokens: int, stop_token: StopTokens, seed: Seeds, config: GPTConfig
     ) -> None:
         """The arguments are those of Engine.stream. Raises InputError for what is out of bounds."""
-        prompts = list(prompts)
-        if not prompts or not hasattr(prompts[0], "__len__") or getattr(prompts[0], "ndim", 1) == 0:
-            prompts = [prompts]  # one prompt: a list of numbers, or a tensor's or array's elements
+        given = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # of a tensor or an array
+        if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+            raise InputError(f"a prompt must be a sequence of token ids, not {given!r}")
+        given = list(given)
+        several = [list(prompt) for prompt in given if isinstance(prompt, Iterable) and getattr(prompt, "ndim", 1)]
+        prompts = several if len(several) == len(given) > 0 else [given]
+        self.texts = [[whole(token, "a token", 0, config.vocab_size - 1) for token in prompt] for prompt in prompts]
         for prompt in prompts:
-            if not 1 <= len(prompt) <= config.block_size:
-                raise InputError(f"a prompt must have 1..{config.block_size} tokens, the window, not {len(prompt)}")
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
-        stop_tokens = [] if stop_token is None else [stop_token] if isinstance(stop_token, int) else stop_token
-        for token in joined(stop_tokens, *prompts):
-            if int(token) != token or not 0 <= token < config.vocab_size:
-                raise InputError(f"tokens must be whole numbers in 0..{config.vocab_size - 1}, not {token}")
-        seeds = [seed + b for b in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts) or any(type(seed) is not int or not 0 <= seed < 2**63 for seed in seeds):
-            raise InputError(f"give one whole seed, or one for each of {len(prompts)} prompts, in 0..2**63 - 1")
-        self.texts = [[int(token) for token in prompt] for prompt in prompts]
-        self.stop_tokens, self.seeds, self.block_size = frozenset(map(int, stop_tokens)), seeds, config.block_size
-        self.wanted, self.start = (
-            [max_new_tokens] * len(prompts),
-            [0] * len(prompts),
-        )  # start: of the context in the text
+            whole(len(prompt), "the number of a prompt's tokens", 1, config.block_size)
+        whole(max_new_tokens, "max_new_tokens", 1)
+        several = isinstance(stop_token, Collection) and getattr(stop_token, "ndim", 1)
+        stop_tokens = [] if stop_token is None else stop_token if several else [stop_token]
+        self.stop_tokens = frozenset(whole(token, "a stop token", 0, config.vocab_size - 1) for token in stop_tokens)
+        first = None if isinstance(seed, Sequence) else whole(seed, "a seed", 0, 2**63 - 1)
+        seeds = seed if first is None else [first + b for b in range(len(prompts))]
+        self.seeds, self.block_size = [whole(each, "a seed", 0, 2**63 - 1) for each in seeds], config.block_size
+        if len(self.seeds) != len(prompts):
+            raise InputError(f"{len(self.seeds)} seeds were given for {len(prompts)} prompts")
+        self.wanted = [max_new_tokens] * len(prompts)
+        self.start = [0] * len(prompts)  # where in the text its context begins
         self.rows: list[int] = []  # the text of each row of the batch on the device
         self.turn: Turn | None = None  # the last one
 
@@ -118,7 +116,7 @@ class Texts:
         where in the text they begin, and the seeds."""
         for b, text in enumerate(self.texts):
             if len(text) - self.start[b] > self.block_size:
-                self.start[b] = len(text) - self.block_size // 2
+                self.start[b] = len(text) - max(1, self.block_size // 2)
         self.rows = [b for b, wanted in enumerate(self.wanted) if wanted or with_ended]
         contexts = [self.texts[b][self.start[b] :] for b in self.rows]
         return contexts, [self.start[b] for b in self.rows], [self.seeds[b] for b in self.rows]
@@ -155,7 +153,7 @@ class Texts:
             drawn = SAMPLED if n_drafts == 0 else BONUS if last not in shape.tree.parents else CORRECTED
             turn.tokens[b], turn.origins[b] = tokens[:end], ([ACCEPTED] * n_accepted + [drawn])[:end]
             turn.n_accepted[b] = min(n_accepted, end)
-            turn.n_tested[b] = 0 if not left else n_drafts if end > n_accepted else turn.n_accepted[b]
+            turn.n_tested[b] = min(n_drafts, left) if end > n_accepted else turn.n_accepted[b]
             turn.active[b], turn.last[b], turn.rows[b] = left > 0, last, row
             self.texts[b] += tokens[:end]
             self.wanted[b] = 0 if end and tokens[end - 1] in self.stop_tokens else self.wanted[b] - end

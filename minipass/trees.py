@@ -4,7 +4,7 @@ A chain d_1..d_L is the tree without a fork, and no drafts at all is the tree of
 paper's two passes, the fused pass and trees of alternatives are one step with other shapes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minipass.errors import InputError
+from minipass.errors import InputError, whole
 from minipass.layout import CACHE_END, Layout, tree, with_groups
 from minipass.sampling import ACCEPTANCE, TARGET, Distribution, Sampling, reject, uniform
 
-MOST_DRAFTS = 256  # of a chain: beyond, a pass only costs
+MOST_DRAFTS = 256  # beyond, a pass only costs
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,18 @@ class DraftTree:
     groups: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parents", tuple(self.parents))
-        object.__setattr__(self, "groups", None if self.groups is None else tuple(self.groups))
-        if any(not 0 <= parent <= i for i, parent in enumerate(self.parents)):
-            raise InputError(f"each node's parent must be a node before it, not as in {self.parents}")
+        for name in ("parents", "groups") if self.groups is not None else ("parents",):
+            given = getattr(self, name)
+            if not isinstance(given, Iterable):
+                raise InputError(f"the {name} of a draft tree must be a sequence, not {given!r}")
+            object.__setattr__(self, name, tuple(whole(number, f"one of the {name}", 0) for number in given))
+        if len(self.parents) > MOST_DRAFTS or any(parent > i for i, parent in enumerate(self.parents)):
+            raise InputError(
+                f"each of at most {MOST_DRAFTS} nodes must have a parent before it, not as in {self.parents}"
+            )
         if list(self.depth) != sorted(self.depth):
             raise InputError(f"the nodes of a draft tree must be ordered by depth, not as in {self.parents}")
-        if self.groups and (len(self.groups) != 1 + len(self.parents) or self.groups[0] < 1 or min(self.groups) < 0):
+        if self.groups is not None and (len(self.groups) != 1 + len(self.parents) or self.groups[0] < 1):
             raise InputError("groups must give the look-ahead tokens after each node, at least 1 after the root")
 
     @cached_property
@@ -73,17 +78,14 @@ class DraftTree:
         return [min(n, n_lookahead) for n in self.groups or [n_lookahead] * len(self.depth)]
 
 
-@lru_cache(maxsize=256)
 def chain(n_drafts: int) -> DraftTree:
     """The tree without a fork: d_1..d_L. Raises InputError for a length out of bounds."""
-    if not isinstance(n_drafts, int) or not 0 <= n_drafts <= MOST_DRAFTS:
-        raise InputError(f"the number of drafts must be a whole number in 0..{MOST_DRAFTS}, not {n_drafts!r}")
-    return DraftTree(range(n_drafts))
+    return DraftTree(range(whole(n_drafts, "the number of drafts", 0, MOST_DRAFTS)))
 
 
 class Level(NamedTuple):
-    """Drafts that are drawn together, int64: place (n,), the depths whose look-ahead rows draw; parents (n,), the nodes
-    whose tokens these rows may know; of each draft drawn the place's index in them, source (m,), and its rank (m,)."""
+    """Drafts that are drawn together, int64. place: (n,), the depths whose look-ahead rows draw. parents: (n,), the
+    nodes whose tokens these rows may know. source, rank: (m,), of each draft drawn, its place's index and its rank."""
 
     place: torch.Tensor
     parents: torch.Tensor
@@ -96,7 +98,7 @@ class Nodes(NamedTuple):
 
     layout: of the rows [root, drafts, look-ahead groups]. depth, number: (1 + N,). parents: (N,) of the drafts.
     elsewhere: (1 + N, 1 + N) bool, [i, j] is True unless node j is on the way to node i, or is it.
-    path: (1 + N, 1 + D), the nodes on the way to each, from the root to itself, then itself again.
+    path: (1 + N, 1 + D), the nodes on the way to each from the root, padded with the node itself.
     group_rows: (1 + N, L), the rows after each node that draft for the next pass; where a look-ahead token is missing,
     the last of the group, or the root's, takes its place. by_rank: for each rank the drafts that have it, as nodes.
     levels: drafts in the order in which they are drawn. p_row: (1 + N,), which of all their places drew the children.
@@ -143,7 +145,7 @@ class Shape:
         ways = [node.nonzero()[:, 0].tolist() for node in visible]
         paths = [way + way[-1:] * (1 + drafts.depth[-1] - len(way)) for way in ways]
         by_rank = [[node for node, rank in enumerate(drafts.rank, 1) if rank == r] for r in range(drafts.width)]
-        # The node that draws a node's children: itself, or for all of a depth its first. Levels are drawn one by one.
+        # Which node's place draws a node's children: its own, or, if not by_parent, that of the first of its depth.
         draws = [i if by_parent else drafts.depth.index(depth) for i, depth in enumerate(drafts.depth)]
         drawing = sorted({draws[parent] for parent in drafts.parents})
         p_row = [drawing.index(node) if node in drawing else len(drawing) for node in draws]

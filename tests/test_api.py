@@ -2,7 +2,10 @@
 
 import inspect
 
+import numpy as np
 import pytest
+import torch
+from conftest import random_model
 
 import minipass
 from minipass.api import MAKERS, METHODS, make_method
@@ -73,3 +76,97 @@ def test_the_lists_of_parents_and_a_tree_are_the_same_method():
 def test_arguments_that_a_method_does_not_use_are_an_input_error(name, arguments):
     with pytest.raises(minipass.InputError):
         make_method(name, **arguments)
+
+
+# What newcomers tried. Each is one sentence, or works.
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings"),
+    [
+        (5, {}),
+        (None, {}),
+        ("abc", {}),
+        (["abc"], {}),
+        ([[1], 2], {}),
+        ([[[1, 2]]], {}),
+        ([float("nan")], {}),
+        ([float("inf")], {}),
+        ([None], {}),
+        ([1.5], {}),
+        ([1], {"stop_token": "a"}),
+        ([1], {"stop_token": [None]}),
+        ([1], {"stop_token": 3.0}),
+        ([1], {"seed": 1.5}),
+        ([1], {"seed": None}),
+        ([1], {"seed": [1, 2]}),
+        ([1], {"seed": -1}),
+        ([1], {"temperature": "1"}),
+        ([1], {"temperature": None}),
+        ([1], {"top_k": 2.5}),
+        ([1], {"temperature": 1, "top_p": "0.5"}),
+        ([1], {"method": ["pass"]}),
+        ([1], {"lookahead": [2]}),
+        ([1], {"lookup": 2.0}),
+        ([1], {"method": "tree", "tree": 5}),
+        ([1], {"method": "tree", "tree": ("a",)}),
+        ([1], {"method": "tree", "tree": (0, 0.0)}),
+        ([1], {"method": "two-models", "draft_model": "small"}),
+        ([1], {"method": "two-pass", "fixed_token": "a"}),
+    ],
+)
+def test_odd_arguments_are_an_input_error(prompt, settings, model):
+    with pytest.raises(minipass.InputError):
+        minipass.generate(model, prompt, 5, **settings)
+
+
+def test_numbers_of_numpy_and_torch_are_as_good_as_pythons(model):
+    plain = minipass.generate(model, [1, 2, 3], 5, temperature=1.0, top_k=3, seed=4, stop_token=2)
+    for prompt in (np.array([1, 2, 3]), torch.tensor([[1, 2, 3]]), (1, 2, 3), [np.int64(1), 2, torch.tensor(3)]):
+        odd = {"top_k": np.int64(3), "seed": np.int64(4), "stop_token": torch.tensor(2), "lookahead": np.int32(2)}
+        assert minipass.generate(model, prompt, np.int64(5), temperature=np.float32(1), **odd).tokens == plain.tokens
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        lambda model: (model, "pass"),
+        lambda model: (model, None),
+        lambda model: (model, minipass.Fused),
+        lambda model: (minipass.load("joint"),),
+        lambda model: (model, minipass.Fused(2), 0.8),
+    ],
+)
+def test_an_engine_says_what_it_needs(arguments, model):
+    with pytest.raises(minipass.InputError, match="an Engine needs a"):
+        minipass.Engine(*arguments(model))
+
+
+def test_two_models_need_a_second_one_that_fits(model):
+    with pytest.raises((minipass.InputError, TypeError)):
+        minipass.TwoModels()
+    with pytest.raises(minipass.InputError):
+        minipass.TwoModels(None)
+    small = random_model(seed=5, block_size=20, n_layer=1, n_lookahead=0)
+    with pytest.raises(minipass.InputError, match="window"):
+        minipass.generate(model, [1] * 30, 5, "two-models", draft_model=small)
+
+
+def test_a_large_vocabulary_with_a_head_and_a_draft_model_works():
+    sizes = {"vocab_size": 20_000, "n_layer": 1, "n_embd": 4, "n_head": 1}
+    model, draft_model = random_model(seed=3, n_draft=8, **sizes), random_model(seed=4, n_lookahead=0, **sizes)
+    plain = minipass.generate(model, [1, 2], 6, "plain").tokens
+    assert minipass.generate(model, [1, 2], 6, "two-models", draft_model=draft_model).tokens == plain
+    assert minipass.generate(model, [1, 2], 6, "tree").tokens == plain
+
+
+@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+def test_a_text_that_ends_far_past_its_limit_stays_in_its_cache(rule):
+    """It overshoots by copied drafts, and stays in the batch while a wide tree writes its rows."""
+    model = random_model(seed=1, n_lookahead=4)
+    with torch.no_grad():
+        model.wte.weight[2] *= 30  # a token that repeats for ever
+    tree = minipass.DraftTree((0, 0, 0, 1, 1, 2, 4))
+    engine = minipass.Engine(model, minipass.Fused(tree, rule, lookup=10), minipass.Sampling(1.0))
+    texts = engine.generate([[2] * 20, [5], [7], [9], [11 % 11]], 23, seed=1).tokens
+    assert [len(text) for text in texts] == [23] * 5

@@ -290,7 +290,7 @@ def test_a_trained_model_writes_the_same_text_in_fewer_passes_fused_in_the_fewes
         for extra in ([], ["--pass"], ["--pass", "two-pass"], ["--pass", "tree"])
     )
     assert plain["text"] == fused["text"] == two_pass["text"] == tree["text"]
-    assert plain["text"].startswith(" the other")
+    assert "each of them a little longer" in plain["text"], "it has learned its corpus"
     assert tree["passes"] <= fused["passes"] < two_pass["passes"] < plain["passes"]
     auto = call(sample, *settings, "--pass", "--lookahead", "auto", "--dtype", "float32", "--json")
     assert json.loads(auto.out)["text"] == plain["text"]

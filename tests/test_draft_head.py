@@ -102,7 +102,7 @@ def test_with_a_head_too_texts_are_plain_decodings_or_under_rejection_those_of_e
 
 @torch.no_grad()
 def test_of_a_large_vocabulary_the_head_weighs_the_likeliest_tokens_without_it(headed, monkeypatch):
-    monkeypatch.setattr(decode, "MOST_TOKENS", 10)
+    monkeypatch.setattr(decode, "LARGE_VOCABULARY", 10)
     monkeypatch.setattr(decode, "N_CANDIDATES", 5)
     decoder = Decoder([headed], Sampling(0.9), REJECTION, 2, 60)
     handed = decoder.begin([[1, 2], [3]], [0] * 2, [5, 6])
@@ -120,7 +120,7 @@ def test_of_a_large_vocabulary_the_head_weighs_the_likeliest_tokens_without_it(h
 
 @pytest.mark.parametrize("rule", [COUPLED, REJECTION])
 def test_candidates_leave_the_text_as_it_is(rule, tiny, lively_model, headed, monkeypatch):
-    monkeypatch.setattr(decode, "MOST_TOKENS", 4)
+    monkeypatch.setattr(decode, "LARGE_VOCABULARY", 4)
     monkeypatch.setattr(decode, "N_CANDIDATES", 3)
     if rule == REJECTION:
         assert p_value(tiny, REJECTING["tree"]) > 1e-4
