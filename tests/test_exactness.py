@@ -478,9 +478,9 @@ def test_recorded_distributions_are_what_the_models_say_of_the_text_so_far(way, 
 
 @pytest.mark.parametrize("way", [("plain", COUPLED), *CHAINS], ids=", ".join)
 def test_origins_and_counts_of_a_record_follow_from_each_other(way, lively):
-    seen, streaming = set(), engine(way, *lively, Sampling(1.0))
+    seen, streaming, block_size = set(), engine(way, *lively, Sampling(1.0)), lively[0].config.block_size
     for seed in range(6):
-        left = [20, 20, 20]
+        left, context = [20, 20, 20], [3, 1, 2]
         for turn in streaming.stream([[1, 2, 3], [4], [7, 8]], 20, seed=seed, stop_token=3):
             n_drafts = len(turn.shape.tree.parents)
             for b, (tokens, origins) in enumerate(zip(turn.tokens, turn.origins, strict=True)):
@@ -489,9 +489,10 @@ def test_origins_and_counts_of_a_record_follow_from_each_other(way, lively):
                 drawn = SAMPLED if not n_drafts else BONUS if n_accepted == n_drafts else CORRECTED
                 assert origins == [*[ACCEPTED] * n_accepted, drawn][: len(origins)]
                 complete = bool(origins) and origins[-1] != ACCEPTED  # not cut off by the text's end
-                could_be_emitted = min(n_drafts, left[b])
+                context[b] = block_size // 2 if tokens and context[b] > block_size else context[b]
+                could_be_emitted = min(n_drafts, left[b], block_size + 1 - context[b])
                 assert turn.n_tested[b] == (could_be_emitted if complete else n_accepted)
-                left[b] -= len(tokens)
+                left[b], context[b] = left[b] - len(tokens), context[b] + len(tokens)
                 if complete:
                     q = turn.result.q.dense(11)[row, n_accepted]
                     assert q[tokens[-1]] > 0
