@@ -273,9 +273,9 @@ MISTAKES = {
         "torch.arange(given.tokens.shape[-1]).expand(given.tokens.shape)).log()",
     ),
     "slot instead of token": (
-        4, Sampling.draw, "given.tokens.gather(-1, time.argmax(-1, keepdim=True))", "time.argmax(-1, keepdim=True)",
+        4, Sampling.draw, "given.tokens.gather(-1, speed.argmax(-1, keepdim=True))", "speed.argmax(-1, keepdim=True)",
     ),
-    "the likeliest follow": (4, Sampling.draw, "time.topk(n)", "given.probs.topk(n)"),
+    "the likeliest follow": (4, Sampling.draw, "speed.topk(n)", "given.probs.topk(n)"),
     "a generator's random numbers": (4, Sampling.draw, "uniform(key, given.tokens)", "torch.rand_like(given.probs)"),
     "no residual": (5, reject, "(q.probs - p.gather(-1, q.tokens)).clamp(min=0)", "q.probs"),
     "absolute residual": (5, reject, ".clamp(min=0)", ".abs()"),
