@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from minipass.errors import InputError, whole
-from minipass.layout import CACHE_END, Layout, tree, with_groups
+from minipass.layout import CACHE_END, Layout, with_groups
 from minipass.sampling import ACCEPTANCE, TARGET, Distribution, Sampling, reject, uniform
 
 MOST_DRAFTS = 256  # beyond, a pass only costs
@@ -141,7 +141,8 @@ class Shape:
         first_row = len(lengths) + lengths.cumsum() - lengths
         first, length = np.where(lengths > 0, (first_row, lengths), (first_row[:1], lengths[:1]))
         group_rows = first[:, None] + np.minimum(np.arange(self.n_lookahead), length[:, None] - 1)
-        layout, visible = with_groups(rows, range(len(rows)), lengths).to(device), tree(rows).visible[0]
+        layout = with_groups(rows, range(len(rows)), lengths)
+        visible = layout.visible[0, : len(rows), : len(rows)]  # of the nodes alone
         ways = [node.nonzero()[:, 0].tolist() for node in visible]
         paths = [way + way[-1:] * (1 + drafts.depth[-1] - len(way)) for way in ways]
         by_rank = [[node for node, rank in enumerate(drafts.rank, 1) if rank == r] for r in range(drafts.width)]
@@ -160,7 +161,7 @@ class Shape:
 
         numbers = map(put, (drafts.depth, range(len(rows)), drafts.parents, paths, group_rows, p_row))
         levels = tuple(Level(*map(put, level)) for level in levels)
-        return Nodes(layout, ~visible.to(device), *numbers, tuple(map(put, by_rank)), levels)
+        return Nodes(layout.to(device), ~visible.to(device), *numbers, tuple(map(put, by_rank)), levels)
 
 
 class Drafts(NamedTuple):
