@@ -2,7 +2,7 @@
 
 The text goes to standard output as it comes, coloured by origin on a terminal; one line of statistics follows on
 standard error. `--compare` times the same prompt with and without PaSS, `--json` prints one object instead of text,
-`--trace` writes a page that shows what each turn drafted and accepted.
+`--trace` writes a page that shows what each turn drafted and accepted. `--chat` asks a model that knows conversations.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ import torch
 from minipass import weights
 from minipass.api import DEFAULT_LOOKAHEAD, DEFAULT_LOOKUP, DEFAULT_TREE, make_method
 from minipass.auto import MOST_AUTO_LOOKAHEAD, AdaptiveTree, Auto, best_tree, turn_seconds
+from minipass.chat import encode_chat
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.decode import Engine, Plain
 from minipass.errors import InputError
 from minipass.extras.trace import Trace
 from minipass.sampling import COUPLED, RULES, Sampling
 from minipass.texts import ACCEPTED, BONUS, CORRECTED, Generation, Turn
-from minipass.tokenizer import encode_bytes
+from minipass.tokenizer import encode_bytes, stop_tokens
 from minipass.trees import MOST_DRAFTS
 
 DEFAULT_PROMPT = '''class Stack:
@@ -42,6 +43,7 @@ DEFAULT_PROMPT = '''class Stack:
     def push(self, item):'''  # no line end: the tokens of this text hold it together with the indentation after it
 DEFAULT_TREE_SIZE = 8
 AUTO = "auto"
+CHAT_TEMPERATURE = 0.0  # small models are right more often when they are greedy
 COLOURS = {ACCEPTED: "32", BONUS: "36", CORRECTED: "33"}  # green, cyan, yellow; a sampled token stays as it is
 METHOD_OF = {None: "plain", "fused": "pass", "two-pass": "two-pass", "tree": "tree"}
 
@@ -50,7 +52,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to write").add_argument
     add("--prompt", help="text to continue, or - for standard input (default: the beginning of a Python class)")
-    add("--max-new-tokens", type=int, default=128, help="at most so many (default: %(default)s)")
+    add("--chat", nargs="?", const="", metavar="TEXT", help="ask TEXT with the model's chat template; without a text a "
+        "conversation, which ends with an empty line")  # fmt: skip
+    add("--max-new-tokens", type=int, help="at most so many (default: 128; of an answer in --chat 512)")
     add = parser.add_argument_group("how to draft").add_argument
     add(
         "--pass",
@@ -72,14 +76,16 @@ def parse_arguments() -> argparse.Namespace:
         "which gives the text of plain decoding, or rejection, the paper's (default: coupled; of two-pass, "
         "rejection)")  # fmt: skip
     add = parser.add_argument_group("how to sample").add_argument
-    add("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+    add("--temperature", type=float, help=f"0 is greedy (default: 0.8; in --chat {CHAT_TEMPERATURE})")
     add("--top-k", type=int, default=10, help="draw from the k most likely tokens (default: %(default)s)")
     add("--top-p", type=float, help="draw from the fewest tokens with this probability (default: all)")
     add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
     add = parser.add_argument_group("model").add_argument
-    add("--checkpoint", default="joint", help="a file, the name of one in the package, or a GPT-2: gpt2 .. gpt2-xl or "
-        "a folder with its files (default: %(default)s)")  # fmt: skip
-    add("--lookahead-table", metavar="FILE", help="take the look-ahead tokens from this file")
+    add("--checkpoint", default="joint", help="a file, the name of one in the package, or a model of others: smollm2, "
+        "a GGUF, a folder of a GPT-2 or Llama, or its name on the hub (default: %(default)s)")  # fmt: skip
+    add("--adapters", metavar="FILE", help="what was trained for this model to draft: look-ahead tokens, draft head, "
+        "adapters; none: the look-ahead tokens alone, as in the paper (default: the best in the package)")  # fmt: skip
+    add("--lookahead-table", dest="adapters", help=argparse.SUPPRESS)  # its name until now
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, bfloat16 where "
         "the hardware has it)")  # fmt: skip
@@ -90,6 +96,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", action="store_true", help="print one JSON object")
     add("--trace", type=Path, metavar="PATH", help="also write a web page that shows every turn")
     args = parser.parse_args()
+    if args.chat is not None:
+        if args.prompt is not None:
+            raise InputError("--chat and --prompt exclude each other")
+        if args.chat == "" and (args.compare or args.json or args.trace):
+            raise InputError("a conversation goes with none of --compare, --json and --trace: give --chat a text")
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 128 if args.chat is None else 512
+    if args.temperature is None:
+        args.temperature = 0.8 if args.chat is None else CHAT_TEMPERATURE
     if args.compare and (args.json or args.trace):
         raise InputError(f"--compare and {'--json' if args.json else '--trace'} exclude each other")
     for name, least in (("lookahead", 1), ("tree_size", 1), ("prompt_lookup", 0)):
@@ -135,7 +150,7 @@ def choose_method(loaded: weights.Checkpoint, args: argparse.Namespace, sampling
     """
     n_lookahead = loaded.model.config.n_lookahead
     if args.variant and n_lookahead == 0:
-        raise InputError(f"{args.checkpoint} has no look-ahead tokens: name a file of them with --lookahead-table")
+        raise InputError(f"{args.checkpoint} has no look-ahead tokens: name a file of them with --adapters")
     if args.lookahead not in (None, AUTO) and args.lookahead > n_lookahead:
         raise InputError(f"--lookahead must lie in 1..{n_lookahead} for {args.checkpoint}, not {args.lookahead}")
     accuracy = loaded.record.get("rank_accuracy", [])[:n_lookahead]
@@ -170,12 +185,12 @@ class TextPrinter:
     """Writes tokens as they come; a character whose bytes are spread over tokens appears with the last of them."""
 
     def __init__(self, encoding, coloured: bool):
-        self.encoding, self.coloured = encoding, coloured
+        self.encoding, self.coloured, self.hidden = encoding, coloured, stop_tokens(encoding)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def write(self, tokens: list[int], origins: list[str]) -> None:
         for token, origin in zip(tokens, origins, strict=True):
-            if token != self.encoding.eot_token:
+            if token not in self.hidden:
                 self.write_bytes(self.encoding.decode_single_token_bytes(token), COLOURS.get(origin))
         sys.stdout.flush()
 
@@ -191,6 +206,41 @@ def run(turns: Iterator[Turn], on_turn: Callable[[Turn], None] = lambda turn: No
         result.add(turn)
         on_turn(turn)
     return result, time.perf_counter() - began
+
+
+def ask(loaded: weights.Checkpoint, question: str, before: Sequence[dict[str, str]] = ()) -> list[int]:
+    """The tokens of a question, behind the messages before it, up to where the answer begins."""
+    return encode_chat(loaded.encoding, loaded.chat_template, [*before, {"role": "user", "content": question}])
+
+
+def converse(loaded: weights.Checkpoint, engine: Engine, args: argparse.Namespace) -> None:
+    """Questions from standard input, answers to standard output, until an empty line or the end of the input.
+
+    The engine keeps its cache: of each prompt only what is new is computed.
+    """
+    messages: list[dict[str, str]] = []
+    stop, block_size = stop_tokens(loaded.encoding), loaded.model.config.block_size
+    sys.stdout.reconfigure(errors="replace")
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        prompt = ask(loaded, question, messages)
+        while len(prompt) + args.max_new_tokens > block_size and messages:  # forgets the oldest question and answer
+            del messages[:2]
+            prompt = ask(loaded, question, messages)
+        printer = TextPrinter(loaded.encoding, coloured)
+        turns = engine.stream(prompt, args.max_new_tokens, stop_token=stop, seed=args.seed)
+        result, seconds = run(turns, lambda turn, printer=printer: printer.write(turn.tokens[0], turn.origins[0]))
+        printer.write_bytes(b"", final=True)
+        print(flush=True)
+        print(statistics_line(result, seconds, coloured and sys.stderr.isatty()), file=sys.stderr)
+        answer = loaded.encoding.decode([token for token in result.tokens[0] if token not in stop])
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def statistics_line(result: Generation, seconds: float, coloured: bool) -> str:
@@ -247,25 +297,27 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def main() -> None:
     args = parse_arguments()
-    prompt = read_prompt(args.prompt)
+    prompt = read_prompt(args.prompt) if args.chat is None else args.chat.encode()
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    loaded = weights.load(args.checkpoint, device=device, dtype=dtype)
-    if args.lookahead_table:
-        weights.load_table(loaded.model, args.lookahead_table)
-    encoding, prompt_ids = loaded.encoding, encode_bytes(loaded.encoding, prompt)
+    loaded = weights.load(args.checkpoint, device=device, dtype=dtype, adapters=args.adapters)
+    encoding, stop = loaded.encoding, stop_tokens(loaded.encoding)
     method = choose_method(loaded, args, sampling)
+    if args.chat == "":
+        converse(loaded, Engine(loaded.model, method, sampling, use_graphs=args.cuda_graphs, keep_cache=True), args)
+        return
     engine = Engine(loaded.model, method, sampling, use_graphs=args.cuda_graphs)
+    prompt_ids = encode_bytes(encoding, prompt) if args.chat is None else ask(loaded, args.chat)
 
     def turns_of(engine: Engine) -> Iterator[Turn]:
-        return engine.stream(prompt_ids, args.max_new_tokens, stop_token=encoding.eot_token, seed=args.seed)
+        return engine.stream(prompt_ids, args.max_new_tokens, stop_token=stop, seed=args.seed)
 
     if args.compare:
         plain = Engine(loaded.model, Plain(), sampling, use_graphs=args.cuda_graphs)
         compare({"plain": plain, args.method: engine}, turns_of, why_texts_may_differ(method, sampling, dtype))
         return
-    names = "checkpoint lookahead_table temperature top_k top_p lookahead prompt_lookup seed".split()
+    names = "checkpoint adapters temperature top_k top_p lookahead prompt_lookup seed".split()
     given = {name.replace("_", "-"): getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.method == "tree":
         given["tree-size"] = len(method.tree.parents)
@@ -280,7 +332,7 @@ def main() -> None:
     if args.json:
         result, seconds = run(turns_of(engine), keep)
         tokens = result.tokens[0]
-        text = encoding.decode_bytes([token for token in tokens if token != encoding.eot_token])
+        text = encoding.decode_bytes([token for token in tokens if token not in stop])
         figures = {
             "text": text.decode("utf-8", "replace"),
             "tokens": tokens,
@@ -298,8 +350,9 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show every character
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     printer = TextPrinter(encoding, coloured)
-    printer.write_bytes(prompt)
-    sys.stdout.flush()
+    if args.chat is None:
+        printer.write_bytes(prompt)
+        sys.stdout.flush()
 
     def show(turn: Turn) -> None:
         printer.write(turn.tokens[0], turn.origins[0])

@@ -1,10 +1,10 @@
 """Trains a small GPT and its look-ahead tokens: `python train_tiny.py` does something sensible in ten minutes.
 
 Stages: `base` trains a plain language model; `lookahead` freezes a base and trains the look-ahead table and a draft
-head (--head none: the table alone, as in the paper, section 3.2); `joint` trains all together. A run lives in a folder:
-last.pt (continue with --resume), the encoded corpus, log.jsonl, loss.png, and when it is finished model.pt (where the
-base is a GPT-2 that stayed as it was: table.safetensors, which holds only what was trained). With --steps a run is
-reproducible: step s draws its batch from the seed and s alone. So
+head, with --lora-rank gated adapters too (--head none: the table alone, as in the paper, section 3.2); `joint` trains
+all together. A run lives in a folder: last.pt (continue with --resume), the encoded corpus, log.jsonl, loss.png, and
+when it is finished model.pt (where the base is a model of others that stayed as it was: adapters.safetensors, which
+holds only what was trained). With --steps a run is reproducible: step s draws its batch from the seed and s alone. So
 `torchrun --nproc_per_node N train_tiny.py ...` takes the same steps with N processes, each with its share of the batch.
 """
 
@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from itertools import chain as joined
 from pathlib import Path
 
 import numpy as np
@@ -31,23 +32,30 @@ from tqdm import tqdm
 from minipass import losses, weights
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.data import (
+    HELDOUT_FRACTION,
     encode_to_file,
     even_windows,
     find_documents,
     open_tokens,
     sample_windows,
+    save_tokens,
     split_documents,
 )
 from minipass.errors import InputError
 from minipass.files import atomic_write
-from minipass.model import DRAFTING, GPT, GPTConfig
+from minipass.model import GPT, GPTConfig, is_drafting
+from minipass.own_text import own_text
+from minipass.pretrained import is_pretrained
 from minipass.tokenizer import build_encoding, gpt2_encoding, train_bpe
 
 # What may differ when a run continues, as may the number of processes.
 NOT_PART_OF_A_RUN = ("resume", "device", "dtype", "minutes", "save_every", "accumulate", "checkpoint_activations")
 
+SELF = "self"  # as a corpus: text that the model writes itself
+LONGEST_WINDOW = 1024  # of a text in training, unless --window says so
 MATRICES = ("h.", "draft_head.")  # where the parameters for Muon are
 HEAD_LR = 0.2  # of the table's, in the lookahead stage
+WIDEST, WIDE_LR = 512, 0.1  # of Muon's matrices the narrow side at most; what is wider learns at this share with AdamW
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,14 +68,14 @@ def parse_arguments() -> argparse.Namespace:
         help="what to train (default: joint)",
     )
     add("--out", type=Path, default=Path("runs/tiny"), help="folder of the run (default: %(default)s)")
-    add("--init", metavar="CHECKPOINT", help="start from these weights and this tokenizer: a file, or "
-        "a GPT-2, gpt2 .. gpt2-xl or a folder with its files")  # fmt: skip
+    add("--init", metavar="CHECKPOINT", help="start from these weights and this tokenizer: a file, or a model of "
+        "others: smollm2, a GGUF, a folder of a GPT-2 or Llama, or its name on the hub")  # fmt: skip
+    add("--adapters", metavar="FILE", help="of --init, to train on")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add(
-        "--data",
-        default="python",
-        help="python, installed, docstrings, or a UTF-8 file or folder (default: python)",
-    )
+    add("--data", nargs="+", default=["python"], metavar="SOURCE", help="python, installed, docstrings, a UTF-8 file "
+        "or folder, or self: text that --init writes itself, from beginnings out of the other sources. Of several, "
+        "each gives the same share of the windows (default: python)")  # fmt: skip
+    add("--own-tokens", type=int, default=200_000, help="tokens of self (default: %(default)s)")
     add("--tokenizer", default="bpe", choices=("bpe", "gpt2"), help="bpe trains one on the data (default)")
     add("--steps", type=int, help="optimiser steps")
     add("--minutes", type=float, help="stop after this time (default, without --steps: 10)")
@@ -97,6 +105,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--head", default="mlp", choices=("mlp", "none"), help="with a draft head, which knows the token before each "
         "draft, or none: the paper's recipe (default: %(default)s)")  # fmt: skip
+    add("--lora-rank", type=int, help="lookahead: rank of the gated adapters of each matrix of the base, which act "
+        "on look-ahead rows alone (default: as in --adapters, else 0)")  # fmt: skip
+    add("--window", type=int, help=f"tokens of a text (default: the context window, at most {LONGEST_WINDOW})")
     add("--groups", type=int, default=16, help="look-ahead groups in each window; of the shorter ones as many as have "
         "the same number of rows (default: %(default)s)")  # fmt: skip
     for name, text in {
@@ -113,6 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", default="auto", help="autocast to float32, bfloat16 or float16; auto measures nothing and takes "
         "bfloat16 where the hardware has it (default)")  # fmt: skip
     add("--eval-every", type=int, default=250, help="steps between validations (default: %(default)s)")
+    add("--eval-windows", type=int, default=128, help="held-out texts of a validation (default: %(default)s)")
     add("--save-every", type=int, default=250, help="steps between checkpoints (default: %(default)s)")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -123,7 +135,10 @@ def parse_arguments() -> argparse.Namespace:
         "accumulate",
         "lr",
         "eval_every",
+        "eval_windows",
         "save_every",
+        "own_tokens",
+        "window",
         "lookahead_weight",
         "position_decay",
     ):
@@ -143,14 +158,15 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def start(args: argparse.Namespace, train_documents) -> tuple[GPT, object, dict]:
+def start(args: argparse.Namespace, train_documents) -> weights.Checkpoint:
     """Model (on the CPU, float32), encoding and the record of earlier training: new, or from --init."""
     given = {name: getattr(args, name, None) for name in GPTConfig.__dataclass_fields__}
     sizes = {name: value for name, value in given.items() if value is not None}
     torch.manual_seed(args.seed)
     if args.init:
-        loaded = weights.load(args.init)
+        loaded = weights.load_base(args.init)
         model = loaded.model
+        record = weights.load_adapters(model, args.adapters) if args.adapters else loaded.record
         if args.stage != "base" and model.config.n_lookahead == 0:  # such as a GPT-2
             sizes.setdefault("n_lookahead", GPTConfig.n_lookahead)
         wanted = GPTConfig(**(vars(model.config) | sizes))
@@ -159,9 +175,12 @@ def start(args: argparse.Namespace, train_documents) -> tuple[GPT, object, dict]
         if args.stage != "base" and (args.head == "none") == (model.draft_head is not None):
             model.new_draft_head(0 if args.head == "none" else 2 * model.config.n_embd)
             wanted = replace(wanted, n_draft=model.config.n_draft)
+        if args.lora_rank not in (None, model.config.lora_rank):
+            model.new_adapters(args.lora_rank)
+            wanted = replace(wanted, lora_rank=args.lora_rank)
         if wanted != model.config:
             raise InputError(f"--init has the sizes {model.config}, which cannot be changed to {wanted}")
-        return model, loaded.encoding, loaded.record
+        return replace(loaded, record=record)
     if args.stage == "lookahead":
         raise InputError("--stage lookahead trains the table of a finished base: name it with --init")
     if args.tokenizer == "gpt2":
@@ -172,25 +191,31 @@ def start(args: argparse.Namespace, train_documents) -> tuple[GPT, object, dict]
     model = GPT(GPTConfig(**(sizes | {"vocab_size": encoding.n_vocab})))
     if args.stage == "joint" and args.head != "none":
         model.new_draft_head(2 * model.config.n_embd)
-    return model, encoding, {}
+    return weights.Checkpoint(model, encoding, {})
 
 
 def make_optimizers(model: GPT, stage: str, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of blocks and draft head, AdamW for the rest; of what the stage trains.
 
-    Muon (torch's own, updates scaled to the size of AdamW's) reaches the same loss in clearly fewer steps. In the
-    lookahead stage the draft head learns more slowly than the table does.
+    Muon (torch's own, updates scaled to the size of AdamW's) reaches the same loss in clearly fewer steps, but without
+    bfloat16 in hardware it takes longer than a step for matrices that are wide both ways: these are AdamW's too. In the
+    lookahead stage draft head and adapters learn more slowly than the table does.
     """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(DRAFTING) == (stage == "lookahead") or stage == "joint")
+        parameter.requires_grad_(is_drafting(name) == (stage == "lookahead") or stage == "joint")
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    matrices = [parameter for name, parameter in trained if name.startswith(MATRICES) and parameter.dim() == 2]
-    others = [parameter for name, parameter in trained if not (name.startswith(MATRICES) and parameter.dim() == 2)]
-    muon = {"params": matrices, "scale": HEAD_LR if stage == "lookahead" else 1.0}
-    adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    if not matrices:
-        return [adam]
-    return [torch.optim.Muon([muon], lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adam]
+    groups = {"muon": [], "wide": [], "others": []}
+    for name, parameter in trained:
+        matrix = name.startswith(MATRICES) and parameter.dim() == 2
+        groups[("wide" if min(parameter.shape) > WIDEST else "muon") if matrix else "others"].append(parameter)
+    muon = {"params": groups["muon"], "scale": HEAD_LR if stage == "lookahead" else 1.0}
+    adam = [{"params": groups["others"]}]
+    if groups["wide"]:
+        adam.append({"params": groups["wide"], "scale": WIDE_LR})
+    found = [torch.optim.AdamW(adam, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    if groups["muon"]:
+        found.insert(0, torch.optim.Muon([muon], lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return found
 
 
 def learning_rate(peak: float, step: int, progress: float, decay: float) -> float:
@@ -259,20 +284,28 @@ def unfinished_run(last: Path, settings: dict) -> weights.Checkpoint:
 
 
 def draw_batch(
-    tokens: np.ndarray, config: GPTConfig, args: argparse.Namespace, step: int
+    tokens: list[np.ndarray], config: GPTConfig, args: argparse.Namespace, step: int
 ) -> tuple[torch.Tensor, np.ndarray, int]:
-    """What step `step` trains on, by the seed and the step alone: windows (batch_size, block_size + 1), the cuts of
-    their look-ahead groups (batch_size, G), and the tokens L in each group.
+    """What step `step` trains on, by the seed and the step alone: windows (batch_size, window + 1), the cuts of
+    their look-ahead groups (batch_size, G), and the tokens L in each group. The sources of tokens (N,) take turns.
 
     L is the table's, half and a quarter of it by turns: the same rows give the near positions, which count most, more
     groups.
     """
     rng = np.random.default_rng([args.seed, step])
-    windows = sample_windows(tokens, args.batch_size, config.block_size + 1, rng)
+    length, each = window(config, args), np.arange(args.batch_size) % len(tokens)
+    windows = torch.cat(
+        [sample_windows(source, n, length + 1, rng) for source, n in zip(tokens, np.bincount(each), strict=False)]
+    )
     n_lookahead = max(1, config.n_lookahead >> step % 3)
     n_groups = 0 if args.stage == "base" else args.groups * config.n_lookahead // n_lookahead
-    n_groups = min(n_groups, config.block_size - n_lookahead)
-    return windows, losses.random_cuts(len(windows), config.block_size, n_groups, n_lookahead, rng), n_lookahead
+    n_groups = min(n_groups, length - n_lookahead)
+    return windows, losses.random_cuts(len(windows), length, n_groups, n_lookahead, rng), n_lookahead
+
+
+def window(config: GPTConfig, args: argparse.Namespace) -> int:
+    """Tokens of a text in training."""
+    return min(args.window or LONGEST_WINDOW, config.block_size)
 
 
 def whole_loss(
@@ -309,8 +342,8 @@ class Trainer:
         if rest:
             parts = f"{world} x {args.accumulate} equal parts"
             raise InputError(f"--batch-size {args.batch_size} cannot be split into {parts}")
-        # A GPT-2 that stays as it is need not be stored again with each checkpoint.
-        self.base = args.init if args.stage == "lookahead" and args.init and weights.is_gpt2(args.init) else None
+        # A model of others that stays as it is need not be stored again with each checkpoint.
+        self.base = args.init if args.stage == "lookahead" and args.init and is_pretrained(args.init) else None
         self.last = args.out / "last.pt"
         if os.path.exists(self.last) and not args.resume:  # False where Path.exists raises: a name that is too long
             raise InputError(f"{args.out} already holds a run: go on with --resume, or name another folder with --out")
@@ -328,26 +361,40 @@ class Trainer:
 
     def _prepare(self, loaded: weights.Checkpoint | None) -> None:
         """Model and encoded corpus, of the run that continues or new ones."""
-        args, files = self.args, (self.args.out / "train.tokens", self.args.out / "heldout.tokens")
-        encoded = loaded and all(os.path.exists(file) for file in files)
-        parts = () if encoded else split_documents(find_documents(args.data))
+        args = self.args
+        sources = sorted(args.data, key=lambda source: source == SELF)  # which needs another's beginnings
+        files = [[args.out / f"{part}-{i}.tokens" for part in ("train", "heldout")] for i in range(len(sources))]
+        encoded = loaded and all(os.path.exists(file) for file in (*joined(*files),))
+        parts = [] if encoded else [split_documents(find_documents(each)) for each in sources if each != SELF]
         if loaded:
-            self.model, self.encoding, self.parents = loaded.model, loaded.encoding, loaded.training["parents"]
+            self.parents = loaded.training["parents"]
         else:
-            self.model, self.encoding, record = start(args, parts[0])
-            own = {key: value for key, value in record.items() if key != "parents"}
-            self.parents = [*record.get("parents", []), own] if record else []
-        config = self.model.config
+            loaded = start(args, [*joined(*(train for train, _ in parts))])
+            own = {key: value for key, value in loaded.record.items() if key != "parents"}
+            self.parents = [*loaded.record.get("parents", []), own] if own else []
+        self.model, self.encoding, config = loaded.model, loaded.encoding, loaded.model.config
         if args.stage != "base" and config.n_lookahead == 0:
             raise InputError(f"--stage {args.stage} needs look-ahead tokens, but n_lookahead is 0")
-        if config.block_size - config.n_lookahead < args.groups:
-            raise InputError(f"--groups {args.groups} does not fit into a window of {config.block_size}")
-        for documents, file in zip(parts, files, strict=False):
-            encode_to_file(documents, self.encoding, file)
-        self.train_tokens, heldout_tokens = (open_tokens(file, self.encoding) for file in files)
-        self.windows = even_windows(heldout_tokens, 128, config.block_size + 1)
-        sample_windows(self.train_tokens, 1, config.block_size + 1, np.random.default_rng(0))  # long enough?
+        length = window(config, args)
+        if length - config.n_lookahead < args.groups:
+            raise InputError(f"--groups {args.groups} does not fit into a window of {length}")
+        for pair in zip(parts, files, strict=False):
+            for documents, file in zip(*pair, strict=True):
+                encode_to_file(documents, self.encoding, file)
         self.model.to(self.device).train()
+        if SELF in sources and not encoded:
+            corpus = np.concatenate([open_tokens(train, self.encoding) for train, _ in files[:-1]])
+            own = own_text(self.model, self.encoding, loaded.chat_template, corpus, args.own_tokens, args.seed)
+            cut = round(len(own) * (1 - HELDOUT_FRACTION))
+            for tokens, file in zip((own[:cut], own[cut:]), files[-1], strict=True):
+                save_tokens(tokens, self.encoding, file)
+        self.train_tokens, heldout = (
+            [open_tokens(file, self.encoding) for file in part] for part in zip(*files, strict=True)
+        )
+        n_windows = max(1, args.eval_windows // len(sources))
+        self.windows = torch.cat([even_windows(tokens, n_windows, length + 1) for tokens in heldout])
+        for tokens in self.train_tokens:
+            sample_windows(tokens, 1, length + 1, np.random.default_rng(0))  # long enough?
 
     def record(self) -> dict:
         """What a checkpoint says of its training."""
@@ -417,7 +464,7 @@ class Trainer:
             self.history.append(entry)
             if self.step % args.save_every == 0:
                 self.save()
-            rate = args.batch_size * self.model.config.block_size * (bar.format_dict["rate"] or 0.0)
+            rate = args.batch_size * window(self.model.config, args) * (bar.format_dict["rate"] or 0.0)
             left = "" if args.steps else f", {max(0.0, args.minutes - self.seconds / 60):.1f} minutes left"
             bar.set_postfix_str(f"loss {entry['loss']:.3f}, {rate:,.0f} tokens/s{left}", refresh=False)
             bar.update()
@@ -482,9 +529,9 @@ def main() -> None:
         print(f"stopped after step {trainer.step}; the same command with --resume continues")
         return
     if trainer.base:
-        result = args.out / "table.safetensors"
-        weights.save_table(trainer.model, result)
-        use = f"--checkpoint {trainer.base} --lookahead-table {result}"
+        result = args.out / "adapters.safetensors"
+        weights.save_adapters(trainer.model, result, trainer.record(), dtype=torch.bfloat16)
+        use = f"--checkpoint {trainer.base} --adapters {result}"
     else:
         result = args.out / "model.pt"
         weights.save(result, trainer.model, trainer.encoding, trainer.record(), dtype=torch.bfloat16)

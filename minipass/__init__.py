@@ -11,10 +11,11 @@ from minipass.auto import AdaptiveTree, Auto, best_tree
 from minipass.decode import Engine, Fused, Plain, TwoModels, TwoPass
 from minipass.errors import InputError
 from minipass.model import GPT, GPTConfig, KVCache
+from minipass.pretrained import from_pretrained
 from minipass.sampling import Sampling
 from minipass.texts import Generation, Turn
 from minipass.trees import DraftTree, chain
-from minipass.weights import Checkpoint, from_pretrained, load, save, save_pretrained
+from minipass.weights import Checkpoint, load, save, save_pretrained
 
 __all__ = [
     "GPT", "AdaptiveTree", "Auto", "Checkpoint", "DraftTree", "Engine", "Fused", "GPTConfig", "Generation",

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minipass.errors import InputError
 from minipass.files import atomic_write
-from minipass.tokenizer import encode_text
+from minipass.tokenizer import encode_text, stop_tokens
 
 BUILT_IN = ("python", "installed", "docstrings")
 HELDOUT_FRACTION = 0.05
@@ -197,7 +197,7 @@ def encode_documents(documents: Iterable[Document], encoding: tiktoken.Encoding)
     dtype = _token_dtype(encoding)
 
     def encode(document: Document) -> np.ndarray:
-        return np.append(encode_text(encoding, document.text), np.uint32(encoding.eot_token)).astype(dtype)
+        return np.append(encode_text(encoding, document.text), np.uint32(stop_tokens(encoding)[0])).astype(dtype)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken lets go of Python's lock while it encodes
         return np.concatenate([np.empty(0, dtype), *pool.map(encode, documents)])
@@ -216,6 +216,11 @@ def encode_to_file(documents: Sequence[Document], encoding: tiktoken.Encoding, p
                 encode_documents(documents[start : start + DOCUMENTS_AT_ONCE], encoding).tofile(file)
 
     atomic_write(path, write)
+
+
+def save_tokens(tokens: np.ndarray, encoding: tiktoken.Encoding, path: Path) -> None:
+    """Writes tokens (N,) as encode_to_file does. Raises InputError if the file cannot be written."""
+    atomic_write(path, tokens.astype(_token_dtype(encoding)).tofile)
 
 
 def open_tokens(path: Path, encoding: tiktoken.Encoding) -> np.ndarray:

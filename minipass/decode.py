@@ -28,6 +28,7 @@ from minipass.sampling import COUPLED, DRAFT, REJECTION, RULES, TARGET, Distribu
 from minipass.texts import Generation, Prompts, Seeds, StopTokens, Texts, Turn
 from minipass.trees import Drafts, DraftTree, Nodes, Shape, accept, chain
 
+KEPT_ROWS = 256  # of a prompt's rest in one pass, behind what the cache has kept of its beginning
 LARGE_VOCABULARY, N_CANDIDATES = 2**14, 64  # of a larger one a draft head scores only the tokens likeliest without it
 
 
@@ -146,14 +147,23 @@ class Decoder:
         cache.length += rows.shape[1]
         return model.logits(states[:, -1:])
 
-    def begin(self, contexts: Sequence[Sequence[int]], starts: Sequence[int], seeds: Sequence[int]) -> Handed:
-        """Prefill: puts all tokens of each context but the last into the caches. The last ones are the first roots."""
+    def begin(
+        self, contexts: Sequence[Sequence[int]], starts: Sequence[int], seeds: Sequence[int], n_kept: int = 0
+    ) -> Handed:
+        """Prefill: puts all tokens of each context but the last into the caches. The last ones are the first roots.
+
+        n_kept: so many tokens are there already, from the text before.
+        """
         padded = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, contexts)), batch_first=True).to(self.device)
         last = torch.tensor([len(context) - 1 for context in contexts], device=self.device)
         for model, cache in zip(self.models, self.caches, strict=True):
-            cache.length.zero_()  # it may have served before
-            if padded.shape[1] > 1:
-                model.hidden(padded[:, :-1], cache=cache)  # what is past a shorter context is overwritten later
+            cache.length.fill_(n_kept)
+            for rows in padded[:, n_kept:-1].split(KEPT_ROWS if n_kept else padded.shape[1], dim=1):
+                layout = Shape(chain(rows.shape[1] - 1)).on(self.device).layout if n_kept and rows.numel() else None
+                if rows.numel():
+                    model.hidden(rows, layout, cache)  # what is past a shorter context is overwritten later
+                cache.length += rows.shape[1]
+                cache.masks.pop(layout, None)
             cache.length.copy_(last)
         self.start.copy_(torch.tensor(starts))
         self.keys.copy_(stream_keys(torch.tensor(seeds)))
@@ -307,10 +317,14 @@ class Engine:
 
     method: Plain(), TwoPass(..), Fused(..), TwoModels(..) or auto.Auto(..). sampling: greedy by default.
     use_graphs: on CUDA, turns are recorded as graphs and replayed; shapes are then not cut near a text's end.
+    keep_cache: what one prompt shares with the text before it is not computed again, as from turn to turn of a chat.
     Raises InputError where the model does not fit the method.
     """
 
-    def __init__(self, model: GPT, method: Method = FUSED, sampling: Sampling = GREEDY, *, use_graphs: bool = False):
+    def __init__(
+        self, model: GPT, method: Method = FUSED, sampling: Sampling = GREEDY, *,
+        use_graphs: bool = False, keep_cache: bool = False,
+    ) -> None:  # fmt: skip
         for given, kind in ((model, GPT), (method, Method), (sampling, Sampling)):
             if not isinstance(given, kind):
                 raise InputError(f"an Engine needs a {kind.__name__} here, not {given!r:.60}")
@@ -330,11 +344,15 @@ class Engine:
             or drafter.device != model.device
         ):
             raise InputError("the draft model must have the model's vocabulary and device, and no smaller window")
+        if keep_cache and drafter is not None:
+            raise InputError("keep_cache is for methods with one model")
         if use_graphs and not graphs.available(model.device):
             raise InputError(f"turns can be recorded as graphs on CUDA only, not on {model.device}")
         model = model if token is None else model.with_lookahead(model.wte.weight[[token] * ahead])
         self.models = [model] if drafter is None else [model, drafter]
         self.method, self.sampling, self.use_graphs = method, sampling, use_graphs
+        self.keep_cache = keep_cache
+        self.kept: tuple[Decoder | None, list[int]] = None, []  # the last one, and the tokens in its cache
         self.idle: dict[int, list[Decoder]] = defaultdict(list)  # by texts: those whose graphs are recorded
 
     def stream(
@@ -356,8 +374,8 @@ class Engine:
         """The loop: one prefill a window, then turn after turn."""
         while max(texts.wanted):
             contexts, *numbers = texts.begin_window(with_ended=self.use_graphs)
-            decoder = self._decoder(len(contexts), max(map(len, contexts)) + max(texts.wanted))
-            handed, schedule = decoder.begin(contexts, *numbers), self.method.schedule(texts)
+            decoder, n_kept = self._decoder(contexts, max(map(len, contexts)) + max(texts.wanted))
+            handed, schedule = decoder.begin(contexts, *numbers, n_kept), self.method.schedule(texts)
             try:
                 while texts.room:
                     handed = self._without_ended(texts, decoder, handed)
@@ -371,18 +389,32 @@ class Engine:
                     handed = result.handed
                     yield texts.emit(shape, result.for_host.tolist(), result, len(self.models))  # the host sync
             finally:
-                if self.use_graphs:
+                if self.keep_cache and len(contexts) == 1:
+                    self.kept = decoder, texts.texts[0][texts.start[0] :][: int(decoder.cache.length)]
+                elif self.use_graphs:
                     self.idle[len(contexts)].append(decoder)
 
-    def _decoder(self, n_texts: int, n_tokens: int) -> Decoder:
-        """One with room for n_tokens and turns that overshoot; with graphs one of the idle ones where it fits."""
-        if self.idle[n_texts]:
-            return self.idle[n_texts].pop()
+    def _decoder(self, contexts: list[list[int]], n_tokens: int) -> tuple[Decoder, int]:
+        """One with room for n_tokens and turns that overshoot, and how many tokens of the context it has already.
+
+        That is the one that was kept, or with graphs one of the idle ones, where it fits; else a new one.
+        """
         block_size = self.models[0].config.block_size
         n_slots = block_size if self.use_graphs else min(n_tokens, block_size)
         shapes = self.method.largest  # an ended text may have overshot by one's depth when another's rows are written
         n_slots += max(shape.n_rows for shape in shapes) + max(shape.tree.depth[-1] for shape in shapes)
-        return Decoder(self.models, self.sampling, self.method.rule, n_texts, n_slots)
+        n_texts, (old, held), n_kept = len(contexts), self.kept, 0
+        if old is not None and n_texts == 1:
+            same = [a == b for a, b in zip(held, contexts[0][:-1], strict=False)]
+            n_kept = [*same, False].index(False)
+            if old.cache.max_len >= n_slots:
+                return old, n_kept
+        if self.idle[n_texts]:
+            return self.idle[n_texts].pop(), 0
+        decoder = Decoder(self.models, self.sampling, self.method.rule, n_texts, n_slots)
+        if n_kept:
+            decoder.cache.pairs[:, :, :n_kept] = old.cache.pairs[:, :, :n_kept]
+        return decoder, n_kept
 
     def _without_ended(self, texts: Texts, decoder: Decoder, handed: Handed) -> Handed:
         """Ended texts stay as they are, and leave the batch once half of it has ended; a graph keeps its batch."""

@@ -14,6 +14,8 @@ def explained(complaint: str, kinds: type | tuple[type, ...] = Exception) -> Ite
     """Turns errors of these kinds into an InputError: the complaint, and what the error says in one line."""
     try:
         yield
+    except InputError:  # says it already
+        raise
     except kinds as error:
         first, *others = str(error).strip().splitlines() or [type(error).__name__]
         says = f"{first} {others[0].strip()}" if first.endswith(":") and others else first

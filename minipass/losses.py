@@ -44,7 +44,8 @@ def training_pass(
         with torch.no_grad():
             cache = KVCache(model.config, len(text), n_text, device=model.device, dtype=model.dtype)
             text_logits = model(text, cache=cache)
-        drafting = lookahead_rows(model, layout, cache)
+        rows = Layout(layout.visible[:, n_text:], layout.depth[:, n_text:], layout.lookahead)
+        drafting = model.hidden(text[:, :0], rows, BehindText(cache))
     else:
         hidden = model.hidden(text, layout)
         text_logits, drafting = model.logits(hidden[:, :n_text]), hidden[:, n_text:]
@@ -52,13 +53,23 @@ def training_pass(
     return text_logits, model.logits(drafting, rows_after_cuts(text, cuts, n_lookahead))
 
 
-def lookahead_rows(model: GPT, layout: Layout, cache: KVCache) -> torch.Tensor:
-    """Hidden states (B, Q, n_embd) of a layout's look-ahead rows, where the cache holds just its real rows."""
-    position = layout.depth[:, cache.max_len :].clamp(max=model.config.block_size - 1)
-    x, mask = model.lookahead[layout.lookahead] + model.wpe(position), layout.visible[:, None, cache.max_len :]
-    for block, pairs in zip(model.h, cache.pairs, strict=True):
-        x = block(x, mask, lambda own, pairs=pairs: torch.cat([pairs, own], dim=1))
-    return x
+class BehindText:
+    """Stands in for a KVCache: rows see a text that it holds, and one another, with gradients to their own keys and
+    values. Nothing is written. Their layout counts positions from the text's beginning."""
+
+    def __init__(self, text: KVCache) -> None:
+        self.pairs, self.length = text.pairs, text.length
+
+    def slots(self, n_rows: int) -> None:
+        """Nothing is written."""
+
+    def mask(self, layout: Layout) -> torch.Tensor:
+        """(B, Q, T + Q) bool: the text's keys, then the rows' own."""
+        return layout.visible
+
+    def store(self, layer: int, slots: None, pairs: torch.Tensor) -> torch.Tensor:
+        """Of that layer, the text's keys and values, then the rows' own: pairs (B, Q, 2, kv_heads, head_dim)."""
+        return torch.cat([self.pairs[layer], pairs], dim=1)
 
 
 def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""The transformer, its key-value cache, the look-ahead table and the draft head: GPT-2's layout and what PaSS adds.
+"""The transformer in GPT-2's or Llama's layout, its key-value cache, and what PaSS adds to it.
 
 One forward serves training, prefill, plain decoding, draft, verify and fused passes; what differs is the Layout
 (layout.py) that says which rows see which. The L look-ahead embeddings are the only parameters that PaSS adds
-(PaSS, section 3; arXiv 2311.13581).
+(PaSS, section 3; arXiv 2311.13581). The draft head and the gated adapters, which are not in the paper, help them.
 """
 
 import copy
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -18,7 +19,12 @@ import torch.nn.functional as F
 from minipass.errors import InputError, whole
 from minipass.layout import Layout
 
-DRAFTING = ("lookahead", "draft_head.")  # the parameters that only drafting reads: what is trained on a frozen base
+MAY_BE_0 = ("n_lookahead", "n_draft", "lora_rank", "n_kv_head", "head_dim", "n_inner")  # of a config's sizes
+
+
+def is_drafting(name: str) -> bool:
+    """Whether only drafting reads the parameter of this name: it is what can be trained on a frozen base."""
+    return name.startswith(("lookahead", "draft_head.")) or name.endswith((".down", ".up"))
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,11 @@ class GPTConfig:
     """Sizes of a model. The defaults are those of the shipped models.
 
     vocab_size: tokens; block_size: positions of the context window; n_lookahead: trained look-ahead tokens (may be 0);
-    n_draft: hidden units of the draft head (0: without one).
+    n_draft: hidden units of the draft head (0: without one); lora_rank: of the gated adapters (0: without).
+    llama: Llama's layout (RMSNorm, rotary positions, SwiGLU, no biases), not GPT-2's (LayerNorm, learned positions,
+    GELU, biases). n_kv_head: key-value heads (0: n_head); head_dim: width of a head (0: n_embd / n_head); n_inner:
+    width inside an MLP (0: 4 n_embd); rope_theta: base of the rotary angles; norm_eps: added to variances; tied:
+    whether the output head is the token embedding.
     Raises InputError when a size is impossible.
     """
 
@@ -37,18 +47,41 @@ class GPTConfig:
     n_embd: int = 256
     n_lookahead: int = 8
     n_draft: int = 0
+    lora_rank: int = 0
+    llama: bool = False
+    n_kv_head: int = 0
+    head_dim: int = 0
+    n_inner: int = 0
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tied: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            whole(getattr(self, field.name), field.name, 0 if field.name in ("n_lookahead", "n_draft") else 1)
-        if self.n_embd % self.n_head:
+            if field.type is int:
+                whole(getattr(self, field.name), field.name, 0 if field.name in MAY_BE_0 else 1)
+        if not self.head_dim and self.n_embd % self.n_head:
             raise InputError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.n_head % self.kv_heads:
+            raise InputError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        if self.llama and self.head_width % 2:
+            raise InputError(f"rotary positions need heads of an even width, not {self.head_width}")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads; each serves n_head / kv_heads query heads."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.n_embd // self.n_head
 
 
 class KVCache:
     """Keys and values of the real tokens so far: preallocated, with a length for each text of the batch.
 
-    pairs: (n_layer, B, max_len, 2, n_head, head_dim), keys and values side by side. length: (B,) int64. A pass writes
+    pairs: (n_layer, B, max_len, 2, kv_heads, head_dim), keys and values side by side. length: (B,) int64. A pass writes
     its R rows into the slots after `length` and leaves `length` alone; the caller then counts in the first k of them by
     `cache.length += k`. Others (look-ahead rows, rejected drafts) are overwritten by the next pass; until then the mask
     hides them. Rolling back is setting `length`.
@@ -59,14 +92,16 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         self.max_len = max_len
-        shape = (config.n_layer, batch_size, max_len, 2, config.n_head, config.n_embd // config.n_head)
+        shape = (config.n_layer, batch_size, max_len, 2, config.kv_heads, config.head_width)
         self.pairs = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(batch_size, device=device, dtype=torch.int64)
         self.batch = torch.arange(batch_size, device=device)[:, None]  # (B, 1), goes with slots (B, R)
         self.masks: dict[Layout, torch.Tensor] = {}
 
     def slots(self, n_rows: int) -> torch.Tensor:
-        """Where a pass of n_rows writes: (B, n_rows) int64."""
+        """Where a pass of n_rows writes: (B, n_rows) int64. Raises ValueError when it has more rows than the cache."""
+        if n_rows > self.max_len:
+            raise ValueError(f"a pass of {n_rows} rows does not fit into a cache of {self.max_len} slots")
         return self.length[:, None] + torch.arange(n_rows, device=self.length.device)
 
     def mask(self, layout: Layout) -> torch.Tensor:
@@ -84,7 +119,7 @@ class KVCache:
         return self.masks[layout].index_select(1, self.max_len - self.length).transpose(0, 1)
 
     def store(self, layer: int, slots: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-        """Writes pairs (B, R, 2, n_head, head_dim) into `slots` (B, R); returns all of that layer."""
+        """Writes pairs (B, R, 2, kv_heads, head_dim) into `slots` (B, R); returns all of that layer."""
         self.pairs[layer][self.batch, slots] = pairs
         return self.pairs[layer]
 
@@ -100,54 +135,126 @@ class KVCache:
         self.pairs[:, self.batch, self.slots(rows.shape[1])] = self.pairs[:, self.batch, self.length[:, None] + rows]
 
 
+class Pass(NamedTuple):
+    """What every block of a pass is told.
+
+    mask: (B or 1, R, keys), True or 0 where a row sees a key; None is causal, over the rows alone.
+    rotary: cosines and sines (B or 1, R, 1, head_dim) of the rows' positions, or None where these are learned.
+    n_lookahead: how many of the rows, the last ones, are look-ahead rows.
+    """
+
+    mask: torch.Tensor | None
+    rotary: tuple[torch.Tensor, torch.Tensor] | None
+    n_lookahead: int
+
+
+class Matrix(nn.Linear):
+    """A linear layer that can have a gated adapter (LoRA, arXiv 2106.09685), which acts on look-ahead rows alone (as in
+    arXiv 2507.11851). Real rows never see those, so the model's own distribution stays what it was, bit for bit."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.new_adapter(0)
+
+    def forward(self, x: torch.Tensor, n_lookahead: int = 0) -> torch.Tensor:
+        """(B, R, in_features) to (B, R, out_features); the last n_lookahead rows are look-ahead rows."""
+        y = F.linear(x, self.weight, self.bias)
+        if self.down is not None and n_lookahead:
+            y[:, -n_lookahead:] += F.linear(F.linear(x[:, -n_lookahead:], self.down), self.up)
+        return y
+
+    def new_adapter(self, rank: int) -> None:
+        """Replaces the adapter by a new one, which changes nothing yet, or with rank 0 by none."""
+        self.down = self.up = None
+        if rank:
+            down = torch.randn(rank, self.in_features) / math.sqrt(self.in_features)
+            self.down = nn.Parameter(down.to(self.weight))
+            self.up = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
+
+
 class Attention(nn.Module):
-    """Multi-head attention over the rows of a pass and the cache."""
+    """Multi-head attention over the rows of a pass and the cache; groups of query heads may share keys and values."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head, self.kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_width
+        n_heads = config.n_head + 2 * config.kv_heads
+        self.c_attn = Matrix(config.n_embd, n_heads * self.head_dim, bias=not config.llama)
+        self.c_proj = Matrix(config.n_head * self.head_dim, config.n_embd, bias=not config.llama)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, store: Callable | None) -> torch.Tensor:
-        """x: (B, R, n_embd); mask: (B or 1, 1, R, keys), None is causal. Returns (B, R, n_embd)."""
-        qkv = self.c_attn(x).unflatten(2, (3, self.n_head, -1))  # (B, R, 3, H, hd)
-        q, pairs = qkv[:, :, 0], qkv[:, :, 1:]
+    def forward(self, x: torch.Tensor, this: Pass, store: Callable | None) -> torch.Tensor:
+        """x: (B, R, n_embd). store: writes the rows' keys and values and returns all. Returns (B, R, n_embd)."""
+        heads = self.c_attn(x, this.n_lookahead).unflatten(2, (-1, self.head_dim))  # (B, R, H + 2 H', hd)
+        if this.rotary is not None:
+            q_and_k, v = heads.split([self.n_head + self.kv_heads, self.kv_heads], dim=2)
+            heads = torch.cat([rotated(q_and_k, *this.rotary), v], dim=2)
+        q, pairs = heads[:, :, : self.n_head], heads[:, :, self.n_head :].unflatten(2, (2, -1))
         if store is not None:
-            cached = store(pairs)  # (B, max_len, 2, H, hd)
-            pairs = pairs if mask is None else cached  # prefill: the rows are all that there is
+            cached = store(pairs)  # (B, max_len, 2, H', hd)
+            pairs = pairs if this.mask is None else cached  # prefill: the rows are all that there is
         q, k, v = q.transpose(1, 2), pairs[:, :, 0].transpose(1, 2), pairs[:, :, 1].transpose(1, 2)  # (B, H, .., hd)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
+        if this.mask is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads < self.n_head)
+        else:  # heads that share keys and values become more rows of one head: the keys are read once
+            rows = q.reshape(len(q), self.kv_heads, -1, self.head_dim)  # (B, H', H / H' x R, hd)
+            y = F.scaled_dot_product_attention(rows, k, v, attn_mask=this.mask[:, None])
+        y = y.reshape(len(q), self.n_head, -1, self.head_dim)
+        return self.c_proj(y.transpose(1, 2).flatten(2), this.n_lookahead)
+
+
+def rotary(position: torch.Tensor, config: GPTConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines (.., 1, head_dim) for `rotated`, of positions (..) (RoPE, arXiv 2104.09864, section 3.2)."""
+    exponent = torch.arange(0, config.head_width, 2, device=position.device) / config.head_width
+    angle = (position[..., None] / config.rope_theta**exponent).repeat(*[1] * position.dim(), 2)[..., None, :]
+    sign = torch.ones_like(angle)
+    sign[..., : config.head_width // 2] = -1
+    return angle.cos().to(dtype), (sign * angle.sin()).to(dtype)
+
+
+def rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns the pairs (i, i + head_dim / 2) of each head (.., head_dim) by their angles."""
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
 
 
 class MLP(nn.Module):
-    """The two-layer network of a block, four times as wide inside."""
+    """The two-layer network of a block: GELU, or SwiGLU, whose first matrix gives gates and values side by side."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.llama, n_inner = config.llama, config.n_inner or 4 * config.n_embd
+        self.c_fc = Matrix(config.n_embd, 2 * n_inner if config.llama else n_inner, bias=not config.llama)
+        self.c_proj = Matrix(n_inner, config.n_embd, bias=not config.llama)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, n_lookahead: int) -> torch.Tensor:
         """(B, R, n_embd) to (B, R, n_embd)."""
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_fc(x, n_lookahead)
+        if self.llama:
+            gate, value = x.chunk(2, dim=-1)
+            x = F.silu(gate) * value
+        else:
+            x = F.gelu(x, approximate="tanh")
+        return self.c_proj(x, n_lookahead)
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """What a block's input passes through first, and what the last block's output does."""
+    return (nn.RMSNorm if config.llama else nn.LayerNorm)(config.n_embd, eps=config.norm_eps)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a LayerNorm and added to the residual stream."""
+    """Attention and MLP, each after a norm and added to the residual stream."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = make_norm(config)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, store: Callable | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, this: Pass, store: Callable | None) -> torch.Tensor:
         """(B, R, n_embd) to (B, R, n_embd); the arguments are Attention's."""
-        x = x + self.attn(self.ln_1(x), mask, store)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.attn(self.ln_1(x), this, store)
+        return x + self.mlp(self.ln_2(x), this.n_lookahead)
 
 
 class DraftHead(nn.Module):
@@ -167,22 +274,25 @@ class DraftHead(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT-2 with a table of look-ahead embeddings.
+    """A GPT-2 or a Llama with a table of look-ahead embeddings.
 
     Parameter names are GPT-2's (wte, wpe, h.N.attn.c_attn, ..., ln_f), so its weights fit by renaming (Hugging Face
-    stores the four matrices of a block transposed); the output head is wte, tied. `lookahead` is (n_lookahead, n_embd).
+    stores the four matrices of a block transposed). In a Llama, c_attn holds the rows of q, k and v, mlp.c_fc those of
+    gate and up. The output head is wte, or lm_head where it is not tied. `lookahead` is (n_lookahead, n_embd).
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = None if config.llama else nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = make_norm(config)
+        self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lookahead = nn.Parameter(torch.empty(config.n_lookahead, config.n_embd))
         self.reset_parameters()
         self.new_draft_head(config.n_draft)
+        self.new_adapters(config.lora_rank)
 
     def reset_parameters(self) -> None:
         """GPT-2's initialisation: normal with std 0.02, projections into the residual stream scaled by its depth."""
@@ -208,6 +318,16 @@ class GPT(nn.Module):
         """Replaces the draft head by a new one, which changes nothing yet; 0: by none. Raises InputError if < 0."""
         self.config = replace(self.config, n_draft=n_draft)
         self.draft_head = DraftHead(self.config).to(self.wte.weight) if n_draft else None
+
+    def new_adapters(self, rank: int) -> None:
+        """Gives each matrix of the blocks a new adapter, which changes nothing yet, or with rank 0 none.
+
+        Raises InputError if rank < 0.
+        """
+        self.config = replace(self.config, lora_rank=rank)
+        for matrix in self.h.modules():
+            if isinstance(matrix, Matrix):
+                matrix.new_adapter(rank)
 
     def with_lookahead(self, table: torch.Tensor) -> "GPT":
         """This model, weights shared, with another look-ahead table. Raises InputError as set_lookahead."""
@@ -242,29 +362,33 @@ class GPT(nn.Module):
         is emitted, but may share a batch with rows that have room. Raises InputError when plain text is longer than the
         window, ValueError when the cache has no room.
         """
-        n_rows, block_size = ids.shape[1] + (0 if layout is None else len(layout.lookahead)), self.config.block_size
-        if cache is not None and n_rows > cache.max_len:
-            raise ValueError(f"a pass of {n_rows} rows does not fit into a cache of {cache.max_len} slots")
+        ahead, block_size = () if layout is None else layout.lookahead, self.config.block_size
+        n_rows = ids.shape[1] + len(ahead)
+        slots = None if cache is None else cache.slots(n_rows)
         x = self.wte(ids)
+        if len(ahead):
+            x = torch.cat([x, self.lookahead[ahead].expand(len(x), -1, -1)], dim=1)
         if layout is None:
             if n_rows > block_size:
                 raise InputError(f"{n_rows} tokens do not fit into the context window of {block_size}")
             position, mask = torch.arange(n_rows, device=ids.device), None
         else:
-            if len(layout.lookahead):
-                x = torch.cat([x, self.lookahead[layout.lookahead].expand(len(x), -1, -1)], dim=1)
             position = layout.depth if cache is None else cache.length[:, None] + layout.depth
-            mask = (layout.visible if cache is None else cache.mask(layout))[:, None]  # for all heads: (B, 1, R, keys)
-        slots = None if cache is None else cache.slots(n_rows)
-        x = x + self.wpe(position.clamp(max=block_size - 1))
+            mask = layout.visible if cache is None else cache.mask(layout)  # (B or 1, R, keys), for all heads
+            n_sharing = self.config.n_head // self.config.kv_heads  # heads with the same keys: see Attention
+            mask = mask[:, None].expand(-1, n_sharing, -1, -1).flatten(1, 2)
+        position = position.clamp(max=block_size - 1)
+        if self.wpe is not None:
+            x = x + self.wpe(position)
+        this = Pass(mask, rotary(position, self.config, x.dtype) if self.config.llama else None, len(ahead))
         for layer, block in enumerate(self.h):
-            x = block(x, mask, None if cache is None else partial(cache.store, layer, slots))
+            x = block(x, this, None if cache is None else partial(cache.store, layer, slots))
         return x
 
     def logits(
         self, hidden: torch.Tensor, before: torch.Tensor | None = None, tokens: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Hidden states (..., n_embd) to logits (..., vocab_size): the final norm and the tied output.
+        """Hidden states (..., n_embd) to logits (..., vocab_size): the final norm and the output head.
 
         before: (...) int64, for look-ahead rows the tokens before the places that they predict: read by a draft head.
         tokens: (..., K) int64, of which alone logits (..., K) are wanted.
@@ -272,9 +396,10 @@ class GPT(nn.Module):
         hidden = self.ln_f(hidden)
         if before is not None and self.draft_head is not None:
             hidden = self.draft_head(hidden, self.wte(before))
+        head = self.wte.weight if self.lm_head is None else self.lm_head.weight
         if tokens is not None:
-            return (self.wte(tokens) @ hidden[..., None]).squeeze(-1)
-        return F.linear(hidden, self.wte.weight)
+            return (F.embedding(tokens, head) @ hidden[..., None]).squeeze(-1)
+        return F.linear(hidden, head)
 
     def forward(self, ids: torch.Tensor, layout: Layout | None = None, cache: KVCache | None = None) -> torch.Tensor:
         """One pass over R rows to logits (B, R, vocab_size), in the model's dtype; arguments and errors of `hidden`."""

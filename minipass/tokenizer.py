@@ -1,13 +1,15 @@
-"""Byte-level BPE: learn merges from text, then let tiktoken do the encoding.
+"""Byte-level BPE: learn merges from text, or take them from others' files, then let tiktoken do the encoding.
 
 Every byte is a token, so any file can be encoded and comes back unchanged.
 """
 
+import hashlib
 import heapq
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import regex
@@ -21,6 +23,11 @@ from minipass.errors import InputError
 # space of it goes with the word). Together the alternatives take every character there is.
 PATTERN = r" ?[\p{L}_]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}_]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"
+ENDS = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "<|eot_id|>")  # of a text, or of an answer in a chat
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same after each digit has been cut off as a piece of its own, before which white space ends like a text does.
+DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+GGUF_PATTERNS = {"gpt-2": GPT2_PATTERN, "smollm": DIGITS_PATTERN}  # by tokenizer.ggml.pre
 _LONG_SPACE = re.compile(r"(\s{4096})")
 
 Pair = tuple[int, int]
@@ -119,6 +126,68 @@ def encoding_of(token_bytes: list[bytes], name: str = "minipass") -> tiktoken.En
         special_tokens={END_OF_TEXT: len(token_bytes)},
         explicit_n_vocab=len(token_bytes) + 1,
     )
+
+
+def stop_tokens(encoding: tiktoken.Encoding) -> tuple[int, ...]:
+    """The ids of ENDS that this encoding has: the first ends a document, any of them a generated text.
+
+    Raises InputError if there is none.
+    """
+    ids = tuple(encoding.encode_single_token(name) for name in ENDS if name in encoding.special_tokens_set)
+    if not ids:
+        raise InputError(f"the tokenizer {encoding.name} has none of the tokens {', '.join(ENDS)}, which end a text")
+    return ids
+
+
+def encoding_of_gguf(fields: dict[str, Any]) -> tiktoken.Encoding:
+    """The encoding in the fields of a GGUF. Raises InputError where it is none of GGUF_PATTERNS, or no BPE of bytes."""
+    kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or pre not in GGUF_PATTERNS:
+        known = ", ".join(GGUF_PATTERNS)
+        raise InputError(f"the tokenizer is {kind!r} with {pre!r}; of the kind 'gpt2' these can be read: {known}")
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    special = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != 1}
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return _byte_level(GGUF_PATTERNS[pre], vocabulary, special, fields["tokenizer.ggml.merges"])
+
+
+def encoding_of_json(content: dict[str, Any]) -> tiktoken.Encoding:
+    """The encoding in a tokenizer.json. Raises InputError where it is no BPE of bytes, or cuts text as we cannot."""
+    model, splits = content["model"], content.get("pre_tokenizer") or {}
+    splits = splits.get("pretokenizers", [splits])
+    shape = [split.get("type") for split in splits]
+    if model.get("type") != "BPE" or shape[-1] != "ByteLevel" or content.get("normalizer") or len(shape) > 2:
+        raise InputError(f"the tokenizer is {model.get('type')!r} with {shape}; only a BPE of bytes can be read")
+    if splits[-1].get("add_prefix_space"):
+        raise InputError("the tokenizer puts a space before each text (add_prefix_space), which is not done here")
+    if shape[0] == "Digits" and splits[0].get("individual_digits") and splits[1].get("use_regex", True):
+        pattern = DIGITS_PATTERN
+    elif shape[0] == "Split" and "Regex" in splits[0]["pattern"] and not splits[1].get("use_regex", True):
+        pattern = splits[0]["pattern"]["Regex"]
+    elif len(shape) == 1 and splits[0].get("use_regex", True):
+        pattern = GPT2_PATTERN
+    else:
+        raise InputError(f"the tokenizer cuts text by {shape}, which cannot be read")
+    special = {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+    return _byte_level(pattern, model["vocab"], special, model["merges"])
+
+
+def _byte_level(
+    pattern: str, vocabulary: dict[str, int], special: dict[str, int], merges: list[str] | list[list[str]]
+) -> tiktoken.Encoding:
+    """The encoding of a vocabulary in GPT-2's letters for bytes. tiktoken merges in the order of ids: so must merges.
+
+    Raises InputError where they are in another order.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    ids = [vocabulary["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in merges]
+    if ids != sorted(ids):
+        raise InputError("the tokenizer's merges are in another order than its tokens, which tiktoken cannot follow")
+    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocabulary.items() if token not in special}
+    name = f"bpe-{hashlib.sha256(repr(sorted(ranks.items())).encode()).hexdigest()[:12]}"
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def gpt2_encoding() -> tiktoken.Encoding:

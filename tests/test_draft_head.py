@@ -245,9 +245,9 @@ def test_a_head_comes_back_from_a_checkpoint_and_from_a_tables_file(headed, tmp_
     loaded = weights.load(tmp_path / "model.pt").model
     assert loaded.config == model.config
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
-    weights.save_table(headed, tmp_path / "table.safetensors")
+    weights.save_adapters(headed, tmp_path / "table.safetensors")
     other = random_model(seed=2)
-    weights.load_table(other, tmp_path / "table.safetensors")
+    weights.load_adapters(other, tmp_path / "table.safetensors")
     assert other.config == headed.config
     assert torch.equal(other.draft_head.c_fc.weight, headed.draft_head.c_fc.weight)
     assert len(safetensors.load_file(tmp_path / "table.safetensors")) == 5
@@ -258,13 +258,13 @@ def test_a_head_of_another_width_is_refused(headed, tmp_path):
     head = {f"draft_head.{name}": value.contiguous() for name, value in headed.draft_head.state_dict().items()}
     safetensors.save_file({"lookahead": torch.zeros(1, 32), **head}, tmp_path / "mixed.safetensors")
     with pytest.raises(InputError, match="does not fit"):
-        weights.load_table(random_model(seed=2, n_embd=32), tmp_path / "mixed.safetensors")
+        weights.load_adapters(random_model(seed=2, n_embd=32), tmp_path / "mixed.safetensors")
 
 
 def test_a_table_without_a_head_takes_the_head_away(headed, lively_model, tmp_path):
     pytest.importorskip("safetensors.torch")
-    weights.save_table(lively_model, tmp_path / "table.safetensors")
+    weights.save_adapters(lively_model, tmp_path / "table.safetensors")
     model = copy.deepcopy(headed)
-    weights.load_table(model, tmp_path / "table.safetensors")
+    weights.load_adapters(model, tmp_path / "table.safetensors")
     assert model.draft_head is None
     assert model.config.n_draft == 0

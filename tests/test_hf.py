@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import random_model
 
-from minipass import generate, losses, weights
+from minipass import generate, losses, pretrained, weights
 from minipass.errors import InputError
 from minipass.extras import export
 from minipass.model import GPT
@@ -66,38 +66,39 @@ def assert_same_model(ours: GPT, theirs) -> None:
 @pytest.mark.parametrize("shard_size", ["1GB", "20kB"])
 def test_a_folder_of_transformers_computes_the_same_here(theirs, tmp_path, shard_size):
     theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
-    assert (tmp_path / weights.INDEX).exists() == (shard_size == "20kB")
-    assert_same_model(weights.from_pretrained(tmp_path, n_lookahead=2), theirs)
+    assert (tmp_path / pretrained.INDEX).exists() == (shard_size == "20kB")
+    assert_same_model(pretrained.from_pretrained(tmp_path, n_lookahead=2), theirs)
 
 
 def test_names_without_the_prefix_and_old_mask_buffers_are_taken_as_well(theirs, tmp_path):
     theirs.save_pretrained(tmp_path)
-    tensors = safetensors.load_file(tmp_path / weights.WEIGHTS)
+    tensors = safetensors.load_file(tmp_path / pretrained.WEIGHTS)
     tensors = {name.removeprefix("transformer."): value for name, value in tensors.items()}
     tensors |= {"h.0.attn.bias": torch.ones(1, 1, 48, 48), "h.0.attn.masked_bias": torch.tensor(-1e4)}
     tensors["lm_head.weight"] = tensors["wte.weight"].clone()
-    safetensors.save_file(tensors, tmp_path / weights.WEIGHTS)
-    assert_same_model(weights.from_pretrained(str(tmp_path), n_lookahead=1), theirs)
+    safetensors.save_file(tensors, tmp_path / pretrained.WEIGHTS)
+    assert_same_model(pretrained.from_pretrained(str(tmp_path), n_lookahead=1), theirs)
 
 
 def test_a_folder_of_ours_computes_the_same_in_transformers_and_again_here(transformers, theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "in")
-    model = weights.from_pretrained(tmp_path / "in", n_lookahead=3)
+    model = pretrained.from_pretrained(tmp_path / "in", n_lookahead=3)
     weights.save_pretrained(model, tmp_path / "out")
     back, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
     assert_same_model(model, back.eval())
-    again = weights.load_folder(tmp_path / "out")
+    again = pretrained.from_pretrained(tmp_path / "out")
+    weights.load_adapters(again, tmp_path / "out" / weights.TABLE)
     assert again.config == model.config
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_a_table_fits_another_copy_of_the_base_and_is_all_that_changes(ours, folder, tmp_path):
-    copy, other = weights.from_pretrained(folder), random_model(seed=9, n_lookahead=7).float()
+    copy, other = pretrained.from_pretrained(folder), pretrained.from_pretrained(folder, n_lookahead=7)
     assert copy.config.n_lookahead == 0
-    weights.save_table(other, tmp_path / "table.safetensors")
+    weights.save_adapters(other, tmp_path / "table.safetensors")
     assert (tmp_path / "table.safetensors").stat().st_size < 1000
-    weights.load_table(copy, tmp_path / "table.safetensors")
+    weights.load_adapters(copy, tmp_path / "table.safetensors")
     assert copy.config.n_lookahead == 7
     assert torch.equal(copy.lookahead, other.lookahead)
     assert all(torch.equal(v, ours.state_dict()[name]) for name, v in copy.state_dict().items() if name != "lookahead")
@@ -110,23 +111,23 @@ def test_a_table_fits_another_copy_of_the_base_and_is_all_that_changes(ours, fol
 
 def test_a_new_table_is_random_small_and_as_long_as_asked(folder):
     torch.manual_seed(0)
-    table = weights.from_pretrained(folder, n_lookahead=500).lookahead
+    table = pretrained.from_pretrained(folder, n_lookahead=500).lookahead
     assert table.shape == (500, 16) and table.requires_grad
     assert abs(table.std().item() - 0.02) < 1e-3
     with pytest.raises(InputError, match="n_lookahead must be"):
-        weights.from_pretrained(folder, n_lookahead=-1)
+        pretrained.from_pretrained(folder, n_lookahead=-1)
 
 
 def test_a_folder_without_a_table_replaces_one_with_a_table(ours, folder):
     ours.new_lookahead(0)
     weights.save_pretrained(ours, folder)
-    assert sorted(path.name for path in folder.iterdir()) == [weights.CONFIG, weights.WEIGHTS]
+    assert sorted(path.name for path in folder.iterdir()) == [pretrained.CONFIG, pretrained.WEIGHTS]
 
 
 def change_config(folder: Path, **changes) -> None:
-    config = json.loads((folder / weights.CONFIG).read_text()) | changes
+    config = json.loads((folder / pretrained.CONFIG).read_text()) | changes
     config = {name: value for name, value in config.items() if value != "left out"}
-    (folder / weights.CONFIG).write_text(json.dumps(config))
+    (folder / pretrained.CONFIG).write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -153,25 +154,25 @@ def change_config(folder: Path, **changes) -> None:
 def test_a_config_of_something_else_is_refused_by_name(folder, change, complaint):
     change_config(folder, **change)
     with pytest.raises(InputError, match=complaint):
-        weights.from_pretrained(folder)
+        pretrained.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\0"])
 def test_a_damaged_config_is_refused(folder, content):
-    (folder / weights.CONFIG).write_text(content)
+    (folder / pretrained.CONFIG).write_text(content)
     with pytest.raises(InputError, match=r"config\.json is damaged"):
-        weights.from_pretrained(folder)
+        pretrained.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", [weights.CONFIG, weights.WEIGHTS])
+@pytest.mark.parametrize("name", [pretrained.CONFIG, pretrained.WEIGHTS])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(InputError, match=f"{name} is missing"):
-        weights.from_pretrained(folder)
+        pretrained.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("share", [0, 0.0001, 0.5, 0.99])
-@pytest.mark.parametrize("name", [weights.WEIGHTS, weights.TABLE])
+@pytest.mark.parametrize("name", [pretrained.WEIGHTS, weights.TABLE])
 def test_half_a_download_is_refused(folder, name, share):
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: int(share * len(data))])
@@ -181,31 +182,31 @@ def test_half_a_download_is_refused(folder, name, share):
 
 def shard(folder: Path) -> list[Path]:
     """Splits model.safetensors into two files and an index."""
-    tensors, weight_map = safetensors.load_file(folder / weights.WEIGHTS), {}
+    tensors, weight_map = safetensors.load_file(folder / pretrained.WEIGHTS), {}
     for index, name in enumerate(tensors):
         weight_map[name] = f"model-0000{index % 2 + 1}-of-00002.safetensors"
     files = [folder / name for name in sorted(set(weight_map.values()))]
     for file in files:
         part = {name: value for name, value in tensors.items() if weight_map[name] == file.name}
         safetensors.save_file(part, file)
-    (folder / weights.INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    (folder / weights.WEIGHTS).unlink()
+    (folder / pretrained.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / pretrained.WEIGHTS).unlink()
     return files
 
 
 def test_shards_are_put_together_and_a_missing_or_half_one_is_named(ours, folder):
     files = shard(folder)
-    assert torch.equal(weights.from_pretrained(folder).h[1].mlp.c_fc.weight, ours.h[1].mlp.c_fc.weight)
+    assert torch.equal(pretrained.from_pretrained(folder).h[1].mlp.c_fc.weight, ours.h[1].mlp.c_fc.weight)
     data = files[1].read_bytes()
     files[1].write_bytes(data[:-1])
     with pytest.raises(InputError, match=f"{files[1].name} is damaged"):
-        weights.from_pretrained(folder)
+        pretrained.from_pretrained(folder)
     files[1].unlink()
     with pytest.raises(InputError, match=f"{files[1].name} is missing"):
-        weights.from_pretrained(folder)
-    (folder / weights.INDEX).write_text('{"weight_map": [1]}')
+        pretrained.from_pretrained(folder)
+    (folder / pretrained.INDEX).write_text('{"weight_map": [1]}')
     with pytest.raises(InputError, match="weight_map"):
-        weights.from_pretrained(folder)
+        pretrained.from_pretrained(folder)
 
 
 def left_out(tensors: dict) -> None:
@@ -234,22 +235,25 @@ def a_head_of_its_own(tensors: dict) -> None:
     ],
 )
 def test_weights_that_do_not_fit_are_refused(folder, damage, complaint):
-    tensors = safetensors.load_file(folder / weights.WEIGHTS)
+    tensors = safetensors.load_file(folder / pretrained.WEIGHTS)
     damage(tensors)
-    safetensors.save_file(tensors, folder / weights.WEIGHTS)
+    safetensors.save_file(tensors, folder / pretrained.WEIGHTS)
     with pytest.raises(InputError, match=complaint):
-        weights.from_pretrained(folder)
+        pretrained.from_pretrained(folder)
 
 
 def test_a_table_of_another_width_or_kind_is_refused_and_changes_nothing(ours, folder, tmp_path):
     before = ours.lookahead.clone()
-    weights.save_table(random_model(seed=0, n_embd=32), tmp_path / "wide.safetensors")
+    weights.save_adapters(random_model(seed=0, n_embd=32), tmp_path / "wide.safetensors")
+    with pytest.raises(InputError, match="trained for another model"):
+        weights.load_adapters(ours, tmp_path / "wide.safetensors")
+    safetensors.save_file({"lookahead": torch.zeros(4, 32)}, tmp_path / "unnamed.safetensors")  # an older file
     with pytest.raises(InputError, match=r"\(4, 32\) does not fit a model with n_embd 16"):
-        weights.load_table(ours, tmp_path / "wide.safetensors")
-    with pytest.raises(InputError, match="not a look-ahead table"):
-        weights.load_table(ours, folder / weights.WEIGHTS)
+        weights.load_adapters(ours, tmp_path / "unnamed.safetensors")
+    with pytest.raises(InputError, match="holds no adapters"):
+        weights.load_adapters(ours, folder / pretrained.WEIGHTS)
     with pytest.raises(InputError, match="is missing"):
-        weights.load_table(ours, tmp_path / "none.safetensors")
+        weights.load_adapters(ours, tmp_path / "none.safetensors")
     assert torch.equal(ours.lookahead, before)
 
 
@@ -259,9 +263,9 @@ def test_without_network_and_cached_file_the_cache_folder_is_named(monkeypatch, 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=f"cache folder {tmp_path}"):
-        weights.from_pretrained("gpt2")
+        pretrained.from_pretrained("gpt2")
     with pytest.raises(InputError, match="there is no folder gpt3"):
-        weights.from_pretrained("gpt3")
+        pretrained.from_pretrained("gpt3")
 
 
 def test_without_the_extra_the_sentence_says_what_to_install(monkeypatch, folder):
@@ -270,7 +274,7 @@ def test_without_the_extra_the_sentence_says_what_to_install(monkeypatch, folder
 
     monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(InputError, match=r"needs the package safetensors: pip install -e '\.\[hf\]'"):
-        weights.from_pretrained(folder)
+        pretrained.from_pretrained(folder)
 
 
 # The scripts, on a GPT-2 over bytes.
@@ -279,7 +283,7 @@ def test_without_the_extra_the_sentence_says_what_to_install(monkeypatch, folder
 @pytest.fixture
 def gpt2_over_bytes(monkeypatch, tmp_path) -> Path:
     """A folder with a random GPT-2 whose tokens are bytes; gpt2's own vocabulary would take a download."""
-    monkeypatch.setattr(weights, "gpt2_encoding", lambda: encoding_of([bytes([b]) for b in range(256)], "gpt2"))
+    monkeypatch.setattr(pretrained, "gpt2_encoding", lambda: encoding_of([bytes([b]) for b in range(256)], "gpt2"))
     model = random_model(seed=5, vocab_size=257, block_size=32, n_layer=1, n_lookahead=0, std=0.1)
     weights.save_pretrained(model.float(), tmp_path / "base")
     return tmp_path / "base"
@@ -310,8 +314,8 @@ def test_the_lookahead_stage_stores_what_it_trains_alone_and_continues_from_it(
     arguments = training(gpt2_over_bytes, "--stage", "lookahead", "--n-lookahead", "5", "--head", head)
     call(train_tiny, *arguments, "--out", tmp_path / "unbroken")
     files = {path.name: path.stat().st_size for path in (tmp_path / "unbroken").iterdir()}
-    assert set(files) == {"heldout.tokens", "last.pt", "log.jsonl", "loss.png", "table.safetensors", "train.tokens"}
-    assert files["table.safetensors"] < (500 if head == "none" else 8000)
+    assert set(files) == {"heldout.tokens", "last.pt", "log.jsonl", "loss.png", "adapters.safetensors", "train.tokens"}
+    assert files["adapters.safetensors"] < (2000 if head == "none" else 10000)
     last = torch.load(tmp_path / "unbroken/last.pt", weights_only=True)
     trained = {"lookahead"} if head == "none" else {"lookahead", "draft_head"}
     assert {name.partition(".")[0] for name in last["weights"]} == trained
@@ -328,14 +332,14 @@ def test_the_lookahead_stage_stores_what_it_trains_alone_and_continues_from_it(
         patch.setattr(losses, "lookahead_loss", power_cut)
         call(train_tiny, *arguments, "--out", tmp_path / "broken")
     call(train_tiny, *arguments, "--out", tmp_path / "broken", "--resume")
-    for name in ("table.safetensors", "log.jsonl"):
+    for name in ("adapters.safetensors", "log.jsonl"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
 
     resumed = weights.load(tmp_path / "broken/last.pt").model
-    assert torch.equal(resumed.lookahead, safetensors.load_file(tmp_path / "broken/table.safetensors")["lookahead"])
-    assert torch.equal(resumed.wte.weight, weights.from_pretrained(gpt2_over_bytes).wte.weight)
+    assert torch.equal(resumed.lookahead, safetensors.load_file(tmp_path / "broken/adapters.safetensors")["lookahead"])
+    assert torch.equal(resumed.wte.weight, pretrained.from_pretrained(gpt2_over_bytes).wte.weight)
     weights.save_pretrained(random_model(seed=5, vocab_size=257, block_size=16, n_layer=1), gpt2_over_bytes)
-    with pytest.raises(InputError, match="are others now"):
+    with pytest.raises(InputError, match="is another model now"):
         weights.load(tmp_path / "broken/last.pt")
 
 
@@ -344,7 +348,7 @@ def test_the_joint_stage_trains_a_gpt2_with_a_new_table_and_stores_both(gpt2_ove
     trained = weights.load(tmp_path / "run/model.pt")
     assert trained.model.config.n_lookahead == 8
     assert trained.encoding.name == "gpt2"
-    untrained = weights.from_pretrained(gpt2_over_bytes).bfloat16().float()
+    untrained = pretrained.from_pretrained(gpt2_over_bytes).bfloat16().float()
     assert not torch.equal(trained.model.wte.weight, untrained.wte.weight)
     call(export, tmp_path / "run/model.pt", tmp_path / "out")
     exported = weights.load(tmp_path / "out").model
@@ -353,9 +357,10 @@ def test_the_joint_stage_trains_a_gpt2_with_a_new_table_and_stores_both(gpt2_ove
 
 
 def test_sampling_with_a_table_gives_the_text_without_it(gpt2_over_bytes, call, capsys, tmp_path):
-    weights.save_table(random_model(seed=0, n_lookahead=3), tmp_path / "table.safetensors")
+    base = pretrained.from_pretrained(gpt2_over_bytes, n_lookahead=3)
+    weights.save_adapters(base, tmp_path / "table.safetensors")
     settings = ["--prompt", "Hi", "--temperature", "0", "--dtype", "float32", "--device", "cpu", "--json"]
-    settings += ["--checkpoint", gpt2_over_bytes, "--lookahead-table", tmp_path / "table.safetensors"]
+    settings += ["--checkpoint", gpt2_over_bytes, "--adapters", tmp_path / "table.safetensors"]
     texts = []
     for extra in ([], ["--pass"], ["--pass", "two-pass", "--lookahead", "3"]):
         call(sample, *settings, *extra)
@@ -363,10 +368,10 @@ def test_sampling_with_a_table_gives_the_text_without_it(gpt2_over_bytes, call, 
     assert texts[0] == texts[1] == texts[2]
     with pytest.raises(InputError, match=r"1\.\.3 .* not 4"):
         call(sample, *settings, "--pass", "--lookahead", "4")
-    with pytest.raises(InputError, match="has no look-ahead tokens: name a file of them with --lookahead-table"):
+    with pytest.raises(InputError, match="has no look-ahead tokens: name a file of them with --adapters"):
         call(sample, *settings[:-2], "--pass")
-    weights.save_table(random_model(seed=0, n_embd=32), tmp_path / "table.safetensors")
-    with pytest.raises(InputError, match="does not fit a model with n_embd 16"):
+    weights.save_adapters(random_model(seed=0, n_embd=32), tmp_path / "table.safetensors")
+    with pytest.raises(InputError, match="trained for another model"):
         call(sample, *settings, "--pass")
 
 

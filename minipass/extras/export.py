@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from minipass import weights
+from minipass import pretrained, weights
 from minipass.cli import run_script
 
 
@@ -18,7 +18,7 @@ def main() -> None:
     weights.save_pretrained(model, args.folder)
     n_lookahead, width = model.lookahead.shape
     table = f" and {weights.TABLE} ({n_lookahead} x {width})" if n_lookahead else ""
-    print(f"wrote {args.folder}: {weights.CONFIG}, {weights.WEIGHTS}{table}")
+    print(f"wrote {args.folder}: {pretrained.CONFIG}, {pretrained.WEIGHTS}{table}")
 
 
 if __name__ == "__main__":

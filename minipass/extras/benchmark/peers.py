@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from minipass import weights
+from minipass import pretrained
 from minipass.extras.benchmark.measuring import Contender, Sample, now
 from minipass.model import GPT
 from minipass.sampling import Sampling
@@ -32,9 +32,9 @@ def as_gpt2(model: GPT):
     """The model as a GPT2LMHeadModel of its dtype, on its device, which never stops by itself."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = weights.their_sizes(model)
+    sizes = pretrained.their_sizes(model)
     theirs = GPT2LMHeadModel(GPT2Config(**sizes, activation_function="gelu_new", bos_token_id=None, eos_token_id=None))
-    tensors = weights.their_weights(model)
+    tensors = pretrained.their_weights(model)
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     theirs.load_state_dict(tensors)
     return theirs.to(model.device, model.dtype).eval()

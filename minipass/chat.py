@@ -1,0 +1,44 @@
+"""Conversations in the form that a model was trained on: its own template, in Jinja, rendered in a sandbox."""
+
+import re
+from collections.abc import Sequence
+
+import tiktoken
+
+from minipass.errors import InputError
+from minipass.files import explained
+from minipass.tokenizer import encode_text
+
+MARK = "\ue000"  # keeps the name of a special token in a message from being one: a private character of Unicode
+
+
+def encode_chat(
+    encoding: tiktoken.Encoding, template: str | None, messages: Sequence[dict[str, str]], *, answer: bool = True
+) -> list[int]:
+    """Token ids of a conversation; answer: up to where the model's answer begins.
+
+    messages: each {"role": "user" | "assistant" | "system", "content": text}; the name of a special token in a text is
+    text like any other. Raises InputError without a template, where it fails, and without the package jinja2.
+    """
+    if not template:
+        raise InputError("this model has no chat template: it was not trained for conversations")
+    try:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise InputError("conversations need the package jinja2: pip install -e '.[llama]'") from error
+    specials = sorted(encoding.special_tokens_set, key=len, reverse=True)
+    names = re.compile("|".join(map(re.escape, specials)))
+    hidden = [
+        m | {"content": names.sub(lambda found: found[0][0] + MARK + found[0][1:], m["content"])} for m in messages
+    ]
+    with explained("the model's chat template does not take this conversation"):
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        text = environment.from_string(template).render(messages=hidden, add_generation_prompt=answer)
+    ids, end = [], 0
+    for found in names.finditer(text):
+        ids += [
+            *encode_text(encoding, text[end : found.start()].replace(MARK, "")),
+            encoding.encode_single_token(found[0]),
+        ]
+        end = found.end()
+    return [int(token) for token in (*ids, *encode_text(encoding, text[end:].replace(MARK, "")))]

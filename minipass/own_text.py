@@ -1,0 +1,59 @@
+"""Text that a model writes itself, to train drafts on what it will be asked to draft: `train_tiny.py --data self`.
+
+Half of it continues the corpus; where the model knows conversations, the other half answers questions about passages of
+the corpus.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from minipass.chat import encode_chat
+from minipass.decode import Engine, Plain
+from minipass.model import GPT
+from minipass.sampling import Sampling
+from minipass.tokenizer import stop_tokens
+
+BATCH, N_NEW, N_PROMPT = 32, 256, (16, 96)
+QUESTIONS = (
+    "Explain this in simple words:",
+    "Summarise this:",
+    "What is this about, and why does it matter?",
+    "Write a short story about this:",
+    "List the most important points of this:",
+    "Write a Python function that does this:",
+    "What should a beginner know about this?",
+    "Give an example of this:",
+)
+
+
+def own_text(
+    model: GPT, encoding: tiktoken.Encoding, chat_template: str | None, corpus: np.ndarray, n_tokens: int, seed: int,
+    advance: Callable[[int], None] = lambda n: None,
+) -> np.ndarray:  # fmt: skip
+    """About n_tokens tokens, prompts included: texts one after the other, uint32 (N,).
+
+    corpus: (M,) tokens that prompts are cut from. Sampled at temperature 0.8 from the 10 likeliest, as sample.py does.
+    """
+    rng, engine, texts = np.random.default_rng(seed), Engine(model, Plain(), Sampling(0.8, top_k=10)), []
+    bar = tqdm(total=n_tokens, unit="token", desc="writing text", disable=None, leave=False)
+    while bar.n < n_tokens:
+        prompts = [passage(corpus, rng) for _ in range(BATCH)]
+        if chat_template is not None:
+            for b in range(0, BATCH, 2):
+                question = f"{rng.choice(QUESTIONS)}\n\n{encoding.decode(prompts[b]).strip()}"
+                prompts[b] = encode_chat(encoding, chat_template, [{"role": "user", "content": question}])
+        result = engine.generate(prompts, N_NEW, stop_token=stop_tokens(encoding), seed=int(rng.integers(2**40)))
+        texts += [np.array([*prompt, *new], np.uint32) for prompt, new in zip(prompts, result.tokens, strict=True)]
+        bar.update(sum(len(text) for text in texts[-BATCH:]))
+    bar.close()
+    return np.concatenate(texts)
+
+
+def passage(corpus: np.ndarray, rng: np.random.Generator) -> Sequence[int]:
+    """Some tokens in a row."""
+    length = int(rng.integers(*N_PROMPT))
+    start = int(rng.integers(max(1, len(corpus) - length)))
+    return corpus[start : start + length].tolist()
