@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from minipass import graphs
+from minipass import graphs, kernels
 from minipass.errors import InputError, whole
 from minipass.lookup import PromptLookup, copied_drafts
 from minipass.model import GPT, KVCache
@@ -350,6 +350,8 @@ class Engine:
             raise InputError(f"turns can be recorded as graphs on CUDA only, not on {model.device}")
         model = model if token is None else model.with_lookahead(model.wte.weight[[token] * ahead])
         self.models = [model] if drafter is None else [model, drafter]
+        for each in self.models:
+            kernels.pack(each)
         self.method, self.sampling, self.use_graphs = method, sampling, use_graphs
         self.keep_cache = keep_cache
         self.kept: tuple[Decoder | None, list[int]] = None, []  # the last one, and the tokens in its cache
@@ -390,7 +392,8 @@ class Engine:
                     yield texts.emit(shape, result.for_host.tolist(), result, len(self.models))  # the host sync
             finally:
                 if self.keep_cache and len(contexts) == 1:
-                    self.kept = decoder, texts.texts[0][texts.start[0] :][: int(decoder.cache.length)]
+                    (b,) = texts.rows
+                    self.kept = decoder, texts.texts[b][texts.start[b] :][: int(decoder.cache.length)]
                 elif self.use_graphs:
                     self.idle[len(contexts)].append(decoder)
 
@@ -405,6 +408,7 @@ class Engine:
         n_slots += max(shape.n_rows for shape in shapes) + max(shape.tree.depth[-1] for shape in shapes)
         n_texts, (old, held), n_kept = len(contexts), self.kept, 0
         if old is not None and n_texts == 1:
+            self.kept = None, []  # until this text is done: no other may use it, and it may be interrupted
             same = [a == b for a, b in zip(held, contexts[0][:-1], strict=False)]
             n_kept = [*same, False].index(False)
             if old.cache.max_len >= n_slots:

@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from minipass.errors import InputError, whole
+from minipass.kernels import linear
 from minipass.layout import Layout
 
 MAY_BE_0 = ("n_lookahead", "n_draft", "lora_rank", "n_kv_head", "head_dim", "n_inner")  # of a config's sizes
@@ -158,7 +159,7 @@ class Matrix(nn.Linear):
 
     def forward(self, x: torch.Tensor, n_lookahead: int = 0) -> torch.Tensor:
         """(B, R, in_features) to (B, R, out_features); the last n_lookahead rows are look-ahead rows."""
-        y = F.linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias)
         if self.down is not None and n_lookahead:
             y[:, -n_lookahead:] += F.linear(F.linear(x[:, -n_lookahead:], self.down), self.up)
         return y
@@ -204,7 +205,8 @@ class Attention(nn.Module):
 
 def rotary(position: torch.Tensor, config: GPTConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines (.., 1, head_dim) for `rotated`, of positions (..) (RoPE, arXiv 2104.09864, section 3.2)."""
-    exponent = torch.arange(0, config.head_width, 2, device=position.device) / config.head_width
+    precise = torch.promote_types(dtype, torch.float32)
+    exponent = torch.arange(0, config.head_width, 2, device=position.device, dtype=precise) / config.head_width
     angle = (position[..., None] / config.rope_theta**exponent).repeat(*[1] * position.dim(), 2)[..., None, :]
     sign = torch.ones_like(angle)
     sign[..., : config.head_width // 2] = -1
@@ -337,9 +339,9 @@ class GPT(nn.Module):
         return other
 
     def new_lookahead(self, n_lookahead: int) -> None:
-        """Replaces the look-ahead table by a random one, N(0, 0.02). Raises InputError when n_lookahead < 0."""
-        config = replace(self.config, n_lookahead=n_lookahead)
-        self.set_lookahead(torch.randn(n_lookahead, config.n_embd) * 0.02)
+        """Replaces the look-ahead table by a new one, the mean embedding and N(0, 0.02). Raises InputError if < 0."""
+        config, mean = replace(self.config, n_lookahead=n_lookahead), self.wte.weight.detach().mean(0)
+        self.set_lookahead(mean + 0.02 * torch.randn(n_lookahead, config.n_embd).to(mean))
 
     @property
     def device(self) -> torch.device:
@@ -399,7 +401,7 @@ class GPT(nn.Module):
         head = self.wte.weight if self.lm_head is None else self.lm_head.weight
         if tokens is not None:
             return (F.embedding(tokens, head) @ hidden[..., None]).squeeze(-1)
-        return F.linear(hidden, head)
+        return linear(hidden, head)
 
     def forward(self, ids: torch.Tensor, layout: Layout | None = None, cache: KVCache | None = None) -> torch.Tensor:
         """One pass over R rows to logits (B, R, vocab_size), in the model's dtype; arguments and errors of `hidden`."""

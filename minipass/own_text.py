@@ -4,7 +4,7 @@ Half of it continues the corpus; where the model knows conversations, the other 
 the corpus.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tiktoken
@@ -30,9 +30,8 @@ QUESTIONS = (
 
 
 def own_text(
-    model: GPT, encoding: tiktoken.Encoding, chat_template: str | None, corpus: np.ndarray, n_tokens: int, seed: int,
-    advance: Callable[[int], None] = lambda n: None,
-) -> np.ndarray:  # fmt: skip
+    model: GPT, encoding: tiktoken.Encoding, chat_template: str | None, corpus: np.ndarray, n_tokens: int, seed: int
+) -> np.ndarray:
     """About n_tokens tokens, prompts included: texts one after the other, uint32 (N,).
 
     corpus: (M,) tokens that prompts are cut from. Sampled at temperature 0.8 from the 10 likeliest, as sample.py does.

@@ -168,7 +168,7 @@ def load_pretrained(name: str | Path) -> Pretrained:
 
 
 def from_pretrained(name: str | Path, n_lookahead: int = 0) -> GPT:
-    """The model alone, with a new look-ahead table: n_lookahead rows drawn from N(0, 0.02). Raises InputError."""
+    """The model alone, with a new look-ahead table of n_lookahead rows, see GPT.new_lookahead. Raises InputError."""
     model = load_pretrained(name).model if str(name).endswith(".gguf") or str(name) == SMOLLM2 else None
     model = _read_folder(_folder_of(name)) if model is None else model
     model.new_lookahead(n_lookahead)

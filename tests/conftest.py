@@ -105,32 +105,52 @@ def lively_draft(lively_model) -> GPT:
 
 @torch.no_grad()
 def slow_logits(model: GPT, ids: Sequence[Sequence[int]], n_lookahead: int = 0) -> torch.Tensor:
-    """The logits of GPT-2 on whole texts (B, n) and look-ahead tokens after them: (B, n + n_lookahead, vocab_size)."""
+    """The logits of GPT-2 or Llama on whole texts (B, n) and look-ahead tokens after them: (B, n + n_lookahead, V)."""
     w, config, ids = model.state_dict(), model.config, torch.tensor(ids)
-    n_rows = ids.shape[1] + n_lookahead
+    n_text, n_rows = ids.shape[1], ids.shape[1] + n_lookahead
+    n_kv_head, head_dim = config.n_kv_head or config.n_head, config.head_dim or config.n_embd // config.n_head
     x = torch.cat([w["wte.weight"][ids], w["lookahead"][:n_lookahead].expand(len(ids), -1, -1)], dim=1)
-    x = x + w["wpe.weight"][:n_rows]
+    if not config.llama:
+        x = x + w["wpe.weight"][:n_rows]
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+        y = x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+        if f"{name}.down" in w:
+            y[:, n_text:] += x[:, n_text:] @ w[f"{name}.down"].T @ w[f"{name}.up"].T
+        return y
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        if config.llama:
+            return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * w[f"{name}.weight"]
         return F.layer_norm(x, (config.n_embd,), w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def turned(head: torch.Tensor) -> torch.Tensor:
+        """Pair i of the two halves is a complex number, turned by position * theta ** (-2 i / head_dim)."""
+        speed = config.rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angle = torch.arange(n_rows)[:, None] * speed
+        pairs = torch.complex(*head.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([pairs.real, pairs.imag], -1).to(head)
 
     later = torch.ones(n_rows, n_rows, dtype=torch.bool).triu(1)
     for i in range(config.n_layer):
-        heads = [
-            part.chunk(config.n_head, -1) for part in linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").chunk(3, -1)
-        ]
+        heads = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(head_dim, -1)
+        qs, ks, vs = heads[: config.n_head], heads[config.n_head : -n_kv_head], heads[-n_kv_head:]
+        if config.llama:
+            qs, ks = map(turned, qs), list(map(turned, ks))
         read = []
-        for q, k, v in zip(*heads, strict=True):
-            scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
-            read.append(scores.masked_fill(later, -math.inf).softmax(-1) @ v)
+        for h, q in enumerate(qs):
+            shared = h * n_kv_head // config.n_head
+            scores = q @ ks[shared].transpose(1, 2) / math.sqrt(head_dim)
+            read.append(scores.masked_fill(later, -math.inf).softmax(-1) @ vs[shared])
         x = x + linear(torch.cat(read, -1), f"h.{i}.attn.c_proj")
         y = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
-        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        if config.llama:
+            gate, value = y.chunk(2, -1)
+            y = gate / (1 + torch.exp(-gate)) * value
+        else:
+            y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
         x = x + linear(y, f"h.{i}.mlp.c_proj")
-    return norm(x, "ln_f") @ w["wte.weight"].T
+    return norm(x, "ln_f") @ w["wte.weight" if config.tied else "lm_head.weight"].T
 
 
 def slow_distribution(

@@ -11,7 +11,7 @@ import numpy as np
 
 from minipass.data import even_windows
 from minipass.decode import Fused, Plain, TwoPass
-from minipass.extras.benchmark import costs, peers, plots, quality, trained
+from minipass.extras.benchmark import costs, peers, plots, pretrained, quality, trained
 from minipass.extras.benchmark.contenders import DECODINGS, FUSED, GREEDY, PLAIN, SAMPLED, TWO_PASS, Bench
 from minipass.extras.benchmark.measuring import paired_quartiles, prefill_seconds, quartiles, seconds_in_turns
 from minipass.extras.benchmark.reporting import OVER_PLAIN, Report, label, spread, table
@@ -274,4 +274,5 @@ EXPERIMENTS: dict[str, Callable[[Bench], Report]] = {
     "check": costs.check,
     "quality": text_quality,
     "peers": against_peers,
+    "pretrained": pretrained.pretrained,
 }

@@ -65,13 +65,14 @@ def ours(
     max_new_tokens: int,
     lookahead: int | None = None,
     baseline: Contender | None = None,
+    stop_tokens: Sequence[int] = (),
 ) -> Contender:
     """A contender that is one of our methods."""
 
     def run(prompt: list[int], seed: int) -> Sample:
         device, counts, passes = engine.models[0].device, Generation(), []
         began = now(device)
-        turns = engine.stream(prompt, max_new_tokens, seed=seed)
+        turns = engine.stream(prompt, max_new_tokens, stop_token=stop_tokens, seed=seed)
         counts.add(next(turns))
         first, n_first = now(device), len(counts.tokens[0])
         for turn in turns:

@@ -28,14 +28,19 @@ def version() -> str:
     return importlib.metadata.version("transformers")
 
 
-def as_gpt2(model: GPT):
-    """The model as a GPT2LMHeadModel of its dtype, on its device, which never stops by itself."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def as_theirs(model: GPT):
+    """The model as a GPT2LMHeadModel or LlamaForCausalLM of its dtype, on its device, which never stops by itself."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    sizes = pretrained.their_sizes(model)
-    theirs = GPT2LMHeadModel(GPT2Config(**sizes, activation_function="gelu_new", bos_token_id=None, eos_token_id=None))
+    sizes = pretrained.their_sizes(model) | {"bos_token_id": None, "eos_token_id": None}
+    if model.config.llama:
+        theirs = LlamaForCausalLM(LlamaConfig(**sizes))
+    else:
+        theirs = GPT2LMHeadModel(GPT2Config(**sizes, activation_function="gelu_new"))
     tensors = pretrained.their_weights(model)
-    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    if model.config.tied:
+        embedding = "model.embed_tokens.weight" if model.config.llama else "transformer.wte.weight"
+        tensors["lm_head.weight"] = tensors[embedding]
     theirs.load_state_dict(tensors)
     return theirs.to(model.device, model.dtype).eval()
 
@@ -46,7 +51,7 @@ def largest_difference(model: GPT, prompts: Sequence[Sequence[int]]) -> float:
     exact = GPT(model.config).to(model.device)
     exact.load_state_dict(model.state_dict())
     ids = torch.tensor(prompts, device=model.device)
-    difference = (exact.eval()(ids) - as_gpt2(exact)(ids).logits).abs().max().item()
+    difference = (exact.eval()(ids) - as_theirs(exact)(ids).logits).abs().max().item()
     if not difference < TOLERANCE:
         raise RuntimeError(f"the logits of transformers differ by {difference:.1e}: nothing is timed")
     return difference
@@ -74,6 +79,7 @@ def contenders(
     max_new_tokens: int,
     lookahead: Sequence[int],
     sampling: Sampling,
+    stop_tokens: Sequence[int] = (),
 ) -> tuple[list[Contender], float]:
     """`generate` plain, with the draft model as assistant, with prompt lookup; and the largest difference of logits.
 
@@ -83,8 +89,9 @@ def contenders(
     import transformers
 
     transformers.logging.set_verbosity_error()  # it warns of greedy decoding with sampling's defaults
-    difference = largest_difference(model, plain.prompts[:4])
-    theirs, sampled = as_gpt2(model), sampling.temperature > 0
+    shortest = min(map(len, plain.prompts))
+    difference = largest_difference(model, [prompt[:shortest] for prompt in plain.prompts[:4]])
+    theirs, sampled = as_theirs(model), sampling.temperature > 0
     choosing = {"temperature": sampling.temperature, "top_k": sampling.top_k} if sampled else {}
 
     def contender(name: str, n_drafts: int | None, assistant=None, **settings) -> Contender:
@@ -103,6 +110,7 @@ def contenders(
                 **choosing,
                 pad_token_id=0,
                 streamer=streamer,
+                eos_token_id=list(stop_tokens) or None,
                 **arguments,
             )
             ended = now(model.device)
@@ -113,7 +121,7 @@ def contenders(
 
     found = [contender("HF plain", None)]
     if draft is not None:
-        assistant = as_gpt2(draft)
+        assistant = as_theirs(draft)
         found.append(contender("HF assistant, its defaults", None, assistant))
         for n_drafts in lookahead:
             settings = {"num_assistant_tokens": n_drafts, "num_assistant_tokens_schedule": "constant"}

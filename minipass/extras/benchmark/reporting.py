@@ -26,13 +26,13 @@ class Report:
         return "\n\n".join(self.parts)
 
     def race(
-        self, bench: Bench, domain: str, decoding: str, contenders: Sequence[Contender]
+        self, bench: Bench, domain: str, decoding: str, contenders: Sequence[Contender], counts: str = ""
     ) -> tuple[list[dict], list[list[Sample]]]:
         """Runs contenders against each other: measuring.figures of each, as a table too, and the samples."""
         title = f"{domain}, {decoding}"
         samples = take_turns(contenders, bench.seed, title)
         rows = figures(contenders, samples)
-        self.parts.append(bench.caption(bench.subject, decoding, bench.counts(domain)) + ":")
+        self.parts.append(bench.caption(bench.subject, decoding, counts or bench.counts(domain)) + ":")
         self.parts.append(table(rows, METHODS_TABLE))
         speedups = [(label(row), *row["speedup"]) for row in rows if row["speedup"] != [1.0, 1.0, 1.0]]  # no baselines
         self.panels.append((title, speedups))

@@ -1,0 +1,33 @@
+"""Matrix products on a CPU in float32: a few rows at nearly the price of one.
+
+PaSS pays where a pass over several rows takes hardly longer than over one. The BLAS behind F.linear often takes several
+times as long for 2 to 32 rows; oneDNN, which comes with PyTorch, does not, once a weight is stored in its own order.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+LEAST_ROWS, LEAST_SIZE = (
+    2,
+    2**15,
+)  # one row is a product with a vector, which BLAS does well; a small weight is in cache
+packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights to (their version, the weight in oneDNN's order)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """F.linear; for a packed weight that has not changed since, and without gradients, oneDNN's."""
+    version, in_order = packed.get(weight, (None, None))
+    if version is None or torch.is_grad_enabled() or version != weight._version or x.numel() < LEAST_ROWS * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, in_order, bias, "none", [], "")
+
+
+def pack(model: torch.nn.Module) -> None:
+    """Stores the model's matrices once more, in oneDNN's order, if they are float32, on a CPU that has oneDNN."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return
+    for weight in model.parameters():
+        fits = weight.dim() == 2 and weight.dtype == torch.float32 and weight.is_cpu and weight.numel() >= LEAST_SIZE
+        if fits and packed.get(weight, (None, None))[0] != weight._version:
+            packed[weight] = weight._version, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
