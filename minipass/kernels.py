@@ -12,22 +12,33 @@ LEAST_ROWS, LEAST_SIZE = (
     2,
     2**15,
 )  # one row is a product with a vector, which BLAS does well; a small weight is in cache
-packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights to (their version, the weight in oneDNN's order)
+packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights to (their state, the weight in oneDNN's order)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear; for a packed weight that has not changed since, and without gradients, oneDNN's."""
-    version, in_order = packed.get(weight, (None, None))
-    if version is None or torch.is_grad_enabled() or version != weight._version or x.numel() < LEAST_ROWS * x.shape[-1]:
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, in_order, bias, "none", [], "")
+    """F.linear; without gradients, for a packed weight that has not changed since, oneDNN's."""
+    if x.numel() >= LEAST_ROWS * x.shape[-1] and not torch.is_grad_enabled():
+        state, in_order = packed.get(weight, (None, None))
+        if state is not None and state == _state(weight):
+            return torch.ops.mkldnn._linear_pointwise(x, in_order, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def available() -> bool:
+    """Whether this PyTorch has what is needed."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def pack(model: torch.nn.Module) -> None:
     """Stores the model's matrices once more, in oneDNN's order, if they are float32, on a CPU that has oneDNN."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if not available():
         return
     for weight in model.parameters():
         fits = weight.dim() == 2 and weight.dtype == torch.float32 and weight.is_cpu and weight.numel() >= LEAST_SIZE
-        if fits and packed.get(weight, (None, None))[0] != weight._version:
-            packed[weight] = weight._version, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        if fits and packed.get(weight, (None, None))[0] != _state(weight):
+            packed[weight] = _state(weight), torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+
+
+def _state(weight: torch.Tensor) -> tuple:
+    """Another one after each change of the weight."""
+    return weight._version, weight.data_ptr(), weight.dtype

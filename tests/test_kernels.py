@@ -1,0 +1,82 @@
+"""Matrix products in oneDNN's order: the same numbers, and never those of a weight that has changed since."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_lively_model
+
+from minipass import kernels
+from minipass.decode import Engine, Fused, Plain
+
+needs_onednn = pytest.mark.skipif(not kernels.available(), reason="PyTorch without oneDNN")
+
+
+@pytest.fixture
+def layer() -> torch.nn.Linear:
+    torch.manual_seed(0)
+    return torch.nn.Linear(192, 320)
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(2, 192), (1, 9, 192), (3, 1, 192), (1, 0, 192)])
+def test_a_packed_weight_gives_the_same_products(layer, shape):
+    x = torch.randn(shape)
+    kernels.pack(layer)
+    assert layer.weight in kernels.packed and layer.bias not in kernels.packed
+    with torch.inference_mode():
+        torch.testing.assert_close(kernels.linear(x, layer.weight, layer.bias), layer(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(kernels.linear(x, layer.weight), F.linear(x, layer.weight), rtol=1e-4, atol=1e-4)
+
+
+@needs_onednn
+def test_a_weight_that_changed_is_not_used_in_its_old_order(layer):
+    kernels.pack(layer)
+    x = torch.randn(4, 192)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+        assert torch.equal(kernels.linear(x, layer.weight, layer.bias), layer(x))
+        old = kernels.packed[layer.weight][1]
+        kernels.pack(layer)
+        assert kernels.packed[layer.weight][1] is not old
+        torch.testing.assert_close(kernels.linear(x, layer.weight, layer.bias), layer(x), rtol=1e-4, atol=1e-4)
+
+
+@needs_onednn
+def test_gradients_go_through_a_packed_weight(layer):
+    kernels.pack(layer)
+    kernels.linear(torch.randn(4, 192), layer.weight, layer.bias).sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+
+
+def test_only_float32_on_a_cpu_is_packed(layer):
+    for dtype in (torch.float64, torch.bfloat16):
+        other = layer.to(dtype)
+        kernels.pack(other)
+        assert other.weight not in kernels.packed
+
+
+def test_without_onednn_nothing_is_packed(layer, monkeypatch):
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    kernels.pack(layer)
+    assert layer.weight not in kernels.packed
+
+
+@needs_onednn
+@pytest.mark.parametrize("llama", [False, True])
+def test_a_packed_model_writes_the_same_text(llama):
+    model = random_lively_model(seed=3, vocab_size=300, n_embd=128, n_head=4, llama=llama).float()
+    prompt = list(range(10, 20))
+    before = Engine(model.double(), Plain()).generate(prompt, 25).tokens
+    model = model.float()
+    after = [Engine(model, method).generate(prompt, 25).tokens for method in (Plain(), Fused(3))]
+    assert model.h[0].mlp.c_fc.weight in kernels.packed
+    assert after == [before, before]
+
+
+@needs_onednn
+def test_a_model_that_moved_to_another_dtype_is_not_used_in_its_old_order(layer):
+    kernels.pack(layer)
+    moved = layer.double()
+    with torch.no_grad():
+        x = torch.randn(4, 192, dtype=torch.float64)
+        assert torch.equal(kernels.linear(x, moved.weight, moved.bias), moved(x))
