@@ -41,4 +41,4 @@ def pack(model: torch.nn.Module) -> None:
 
 def _state(weight: torch.Tensor) -> tuple:
     """Another one after each change of the weight."""
-    return weight._version, weight.data_ptr(), weight.dtype
+    return 0 if weight.is_inference() else weight._version, weight.data_ptr(), weight.dtype
