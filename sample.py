@@ -297,7 +297,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def main() -> None:
     args = parse_arguments()
-    prompt = read_prompt(args.prompt) if args.chat is None else args.chat.encode()
+    prompt = read_prompt(args.prompt) if args.chat is None else b""
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)

@@ -363,6 +363,8 @@ class Trainer:
         """Model and encoded corpus, of the run that continues or new ones."""
         args = self.args
         sources = sorted(args.data, key=lambda source: source == SELF)  # which needs another's beginnings
+        if SELF in sources and (len(sources) == 1 or not args.init):
+            raise InputError("--data self needs a model to write, --init, and another source that its texts begin with")
         files = [[args.out / f"{part}-{i}.tokens" for part in ("train", "heldout")] for i in range(len(sources))]
         encoded = loaded and all(os.path.exists(file) for file in (*joined(*files),))
         parts = [] if encoded else [split_documents(find_documents(each)) for each in sources if each != SELF]

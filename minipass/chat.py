@@ -26,6 +26,9 @@ def encode_chat(
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise InputError("conversations need the package jinja2: pip install -e '.[llama]'") from error
+    for message in messages:
+        if any("\ud800" <= c <= "\udfff" for c in message["content"]):
+            raise InputError("a message must be UTF-8 text")
     specials = sorted(encoding.special_tokens_set, key=len, reverse=True)
     names = re.compile("|".join(map(re.escape, specials)))
     hidden = [

@@ -37,22 +37,25 @@ def own_text(
     corpus: (M,) tokens that prompts are cut from. Sampled at temperature 0.8 from the 10 likeliest, as sample.py does.
     """
     rng, engine, texts = np.random.default_rng(seed), Engine(model, Plain(), Sampling(0.8, top_k=10)), []
-    bar = tqdm(total=n_tokens, unit="token", desc="writing text", disable=None, leave=False)
-    while bar.n < n_tokens:
-        prompts = [passage(corpus, rng) for _ in range(BATCH)]
+    longest = min(N_PROMPT[1], model.config.block_size // 2)
+    bar, written = tqdm(total=n_tokens, unit="token", desc="writing text", disable=None, leave=False), 0
+    while written < n_tokens:
+        prompts = [passage(corpus, longest, rng) for _ in range(BATCH)]
         if chat_template is not None:
             for b in range(0, BATCH, 2):
                 question = f"{rng.choice(QUESTIONS)}\n\n{encoding.decode(prompts[b]).strip()}"
                 prompts[b] = encode_chat(encoding, chat_template, [{"role": "user", "content": question}])
         result = engine.generate(prompts, N_NEW, stop_token=stop_tokens(encoding), seed=int(rng.integers(2**40)))
         texts += [np.array([*prompt, *new], np.uint32) for prompt, new in zip(prompts, result.tokens, strict=True)]
-        bar.update(sum(len(text) for text in texts[-BATCH:]))
+        new = sum(map(len, texts[-BATCH:]))
+        written += new
+        bar.update(new)
     bar.close()
     return np.concatenate(texts)
 
 
-def passage(corpus: np.ndarray, rng: np.random.Generator) -> Sequence[int]:
+def passage(corpus: np.ndarray, longest: int, rng: np.random.Generator) -> Sequence[int]:
     """Some tokens in a row."""
-    length = int(rng.integers(*N_PROMPT))
+    length = int(rng.integers(min(N_PROMPT[0], longest), longest + 1))
     start = int(rng.integers(max(1, len(corpus) - length)))
     return corpus[start : start + length].tolist()

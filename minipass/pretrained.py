@@ -159,12 +159,14 @@ def load_pretrained(name: str | Path) -> Pretrained:
     model, chat = _read_folder(folder), None
     if not model.config.llama:
         return Pretrained(model, gpt2_encoding())
+    names = {}
     if os.path.isfile(folder / CHAT):
-        chat = read(folder / CHAT, _json).get("chat_template")
+        said = read(folder / CHAT, _json)
+        chat, names = said.get("chat_template"), {name: said.get(name) for name in ("bos_token", "eos_token")}
     if os.path.isfile(folder / "chat_template.jinja"):
         chat = read(folder / "chat_template.jinja", Path.read_text)
     encoding = read(folder / TOKENIZER, lambda file: encoding_of_json(_json(file)))
-    return Pretrained(model, encoding, chat if isinstance(chat, str) else None)
+    return Pretrained(model, encoding, _with_names(chat, names))
 
 
 def from_pretrained(name: str | Path, n_lookahead: int = 0) -> GPT:
@@ -283,15 +285,19 @@ def _config(given: dict[str, Any], source: str) -> GPTConfig:
         given["rope_theta"] = rope.get("rope_theta", given["rope_theta"])
         if rope.get("rope_type", "default") != "default":
             given["rope_scaling"] = rope
-        if (given.get("rope_scaling") or {}).get("rope_type") == "default":
+        scaling = given.get("rope_scaling")
+        if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":
             del given["rope_scaling"]
     known = "gpt2 or llama" if given.get("model_type") not in ("gpt2", "llama") else None
     for name, value in family.computed.items():
         has = given.get(name, None if name == "model_type" else value)
         if has != value:
             raise InputError(f"{source} has {name} {has!r}, but only {known or repr(value)} can be computed here")
+    for theirs in family.sizes.values():
+        if given.get(theirs) is None:
+            raise InputError(f"{source} does not say {theirs}")
     with explained(f"{source} is not a {'Llama' if family is LLAMA else 'GPT-2'}'s"):
-        sizes = {ours: given.get(theirs) for ours, theirs in family.sizes.items()}
+        sizes = {ours: given[theirs] for ours, theirs in family.sizes.items()}
         return GPTConfig(**sizes, **family.constants, n_lookahead=0)
 
 
@@ -310,16 +316,31 @@ def _read_gguf(file: Path) -> Pretrained:
     given |= {"model_type": "llama", "tie_word_embeddings": "output.weight" not in tensors}
     given |= {"vocab_size": len(fields["tokenizer.ggml.tokens"]), "rope_scaling": scaled[0] if scaled else None}
     config = _config(given, str(file))
+    if fields.get("llama.rope.dimension_count", config.head_width) != config.head_width:
+        raise InputError(f"{file} turns only a part of each head (rope.dimension_count), which is not computed here")
     stored = {}
     for name, tensor in tensors.items():
         layer, module, kind = re.fullmatch(r"(?:blk\.(\d+)\.)?(.+)\.(\w+)", name).groups()
         value = torch.from_numpy(library.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        if module in ("attn_q", "attn_k"):  # a GGUF's rotary pairs are (2 i, 2 i + 1), ours (i, i + head_dim / 2)
+        if (
+            module in ("attn_q", "attn_k") and kind == "weight"
+        ):  # a GGUF's rotary pairs are (2 i, 2 i + 1), ours (i, i + head_dim / 2)
             value = value.view(-1, config.head_width // 2, 2, value.shape[-1]).transpose(1, 2).reshape(value.shape)
         prefix = f"model.layers.{layer}." if layer else ""
         stored[f"{prefix}{GGUF_NAMES.get(module, module)}.{kind}"] = value
-    template = fields.get("tokenizer.chat_template")
+    tokens = fields["tokenizer.ggml.tokens"]
+    names = {f"{name}_token": fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    names = {name: tokens[i] for name, i in names.items() if i is not None}
+    template = _with_names(fields.get("tokenizer.chat_template"), names)
     return Pretrained(_assemble(file, config, stored), encoding_of_gguf(fields), template)
+
+
+def _with_names(template: Any, tokens: dict[str, Any]) -> str | None:
+    """A chat template that knows its bos_token and eos_token: strings, or dictionaries with a `content`."""
+    if not isinstance(template, str):
+        return None
+    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    return "".join(f"{{% set {name} = {json.dumps(token)} %}}" for name, token in tokens.items() if token) + template
 
 
 def _library(name: str) -> ModuleType:

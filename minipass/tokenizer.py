@@ -1,6 +1,6 @@
 """Byte-level BPE: learn merges from text, or take them from others' files, then let tiktoken do the encoding.
 
-Every byte is a token, so any file can be encoded and comes back unchanged.
+In ours every byte is a token, so any file can be encoded and comes back unchanged.
 """
 
 import hashlib
@@ -8,6 +8,7 @@ import heapq
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -158,6 +159,12 @@ def encoding_of_json(content: dict[str, Any]) -> tiktoken.Encoding:
     shape = [split.get("type") for split in splits]
     if model.get("type") != "BPE" or shape[-1] != "ByteLevel" or content.get("normalizer") or len(shape) > 2:
         raise InputError(f"the tokenizer is {model.get('type')!r} with {shape}; only a BPE of bytes can be read")
+    odd = [name for name in ("end_of_word_suffix", "continuing_subword_prefix") if model.get(name)]
+    odd += [
+        split for split in shape[:1] if splits[0].get("behavior", "Isolated") != "Isolated" or splits[0].get("invert")
+    ]
+    if odd:
+        raise InputError(f"the tokenizer has {odd[0]}, as it is set here, which cannot be read")
     if splits[-1].get("add_prefix_space"):
         raise InputError("the tokenizer puts a space before each text (add_prefix_space), which is not done here")
     if shape[0] == "Digits" and splits[0].get("individual_digits") and splits[1].get("use_regex", True):
@@ -204,15 +211,29 @@ def gpt2_encoding() -> tiktoken.Encoding:
         ) from error
 
 
+@lru_cache
+def _lacking(encoding: tiktoken.Encoding) -> bytes:
+    """The bytes that are no tokens, which a vocabulary of others may leave out: they vanish from a text."""
+    tokens = set(encoding.token_byte_values())
+    return bytes(byte for byte in range(256) if bytes([byte]) not in tokens)
+
+
 def encode_text(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
     """Token ids of `text`, uint32 (N,); the name of a special token in it is text like any other."""
+    lacking = set(_lacking(encoding))
+    if lacking and lacking & set(text.encode("utf-8", "replace")):
+        return np.array(encode_bytes(encoding, text.encode("utf-8", "replace")), np.uint32)
     # tiktoken's pattern matcher runs out of stack on about a million spaces in a row, so cut such runs up.
     parts = [encoding.encode_to_numpy(part, disallowed_special=()) for part in _LONG_SPACE.split(text)]
     return np.concatenate(parts)
 
 
 def encode_bytes(encoding: tiktoken.Encoding, data: bytes) -> list[int]:
-    """Token ids of any bytes, valid UTF-8 or not; `encoding.decode_bytes` gives exactly `data` back."""
+    """Token ids of any bytes, valid UTF-8 or not; `encoding.decode_bytes` gives `data` back, less _lacking."""
+    lacking = _lacking(encoding)
+    parts = re.split(b"[" + re.escape(lacking) + b"]", data) if lacking else [data]
+    if len(parts) > 1:
+        return [token for part in parts for token in encode_bytes(encoding, part)]
     ids: list[int] = []
     # surrogateescape turns each invalid byte into one character that no valid UTF-8 holds: U+DC80 to U+DCFF.
     parts = re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape"))

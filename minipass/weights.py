@@ -71,9 +71,13 @@ def load(
     """
     path = Path(path) if os.path.exists(path) else path
     loaded = load_base(path)
-    if adapters is None or str(adapters) == NONE:
-        adapters = _adapters_for(path, loaded.model, alone=adapters is not None)
+    alone = str(adapters) == NONE
+    if adapters is None or alone:
+        adapters = _adapters_for(path, loaded.model, alone=alone)
     record = load_adapters(loaded.model, adapters) if adapters else {}
+    if alone:
+        loaded.model.new_draft_head(0)
+        loaded.model.new_adapters(0)
     for name, value in loaded.model.state_dict().items():
         if not value.isfinite().all():
             raise InputError(f"{path} holds numbers that are not finite, in {name}")
@@ -108,7 +112,7 @@ def _adapters_for(path: Path | str, model: GPT, *, alone: bool) -> Path | None:
 
 
 def fingerprint(model: GPT) -> str:
-    """Of a model less what only drafting reads: the same for each copy, in whatever file or number type it is kept.
+    """Of a model less what only drafting reads: the same for each copy in whatever file, as bfloat16 or wider.
 
     It looks at up to FINGERPRINTED values of each weight, as bfloat16.
     """
@@ -116,7 +120,7 @@ def fingerprint(model: GPT) -> str:
     for name, value in sorted(model.state_dict().items()):
         if not is_drafting(name):
             flat = value.detach().flatten()
-            flat = flat[:: max(1, len(flat) // FINGERPRINTED)].to("cpu", torch.bfloat16)
+            flat = flat[:: max(1, len(flat) // FINGERPRINTED)].to("cpu", torch.bfloat16).contiguous()
             digest.update(f"{name} {tuple(value.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 
@@ -197,11 +201,20 @@ def _drafting(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _set_drafting(model: GPT, tensors: dict[str, torch.Tensor], file: str | Path) -> None:
-    model.set_lookahead(tensors["lookahead"])
-    model.new_draft_head(len(tensors.get("draft_head.c_fc.bias", ())))
-    model.new_adapters(next((len(value) for name, value in tensors.items() if name.endswith(".down")), 0))
-    with explained(f"the adapters in {file} do not fit the model", (RuntimeError, KeyError)):
-        model.load_state_dict(model.state_dict() | tensors)
+    """Replaces all that only drafting reads. Raises InputError, before anything changes, where it does not fit."""
+    n_draft = len(tensors.get("draft_head.c_fc.bias", ()))
+    lora_rank = next((len(value) for name, value in tensors.items() if name.endswith(".down")), 0)
+    table = tensors["lookahead"]
+    if table.dim() == 2 and table.shape[1] == model.config.n_embd:  # else set_lookahead has a sentence
+        config = replace(model.config, n_lookahead=len(table), n_draft=n_draft, lora_rank=lora_rank)
+        with torch.device("meta"):
+            fits = {name: value.shape for name, value in _drafting(GPT(config).state_dict()).items()}
+        if fits != {name: value.shape for name, value in tensors.items()}:
+            raise InputError(f"the adapters in {file} do not fit the model, or are only half there")
+    model.set_lookahead(table)
+    model.new_draft_head(n_draft)
+    model.new_adapters(lora_rank)
+    model.load_state_dict(model.state_dict() | tensors)
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:

@@ -243,7 +243,10 @@ def test_no_documents_are_no_tokens_and_large_ids_get_a_larger_type():
     assert encode_documents([], ENCODING).shape == (0,)
 
     class Wide:
-        n_vocab, eot_token = 2**16 + 1, 2**16
+        n_vocab, special_tokens_set = 2**16 + 1, {"<|endoftext|>"}
+
+        def encode_single_token(self, name):
+            return 2**16
 
         def encode_to_numpy(self, text, disallowed_special):
             return np.zeros(len(text), np.uint32)

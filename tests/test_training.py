@@ -196,8 +196,8 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(train, tmp_
 
 def test_groups_take_turns_in_length_with_the_same_rows_and_follow_from_seed_and_step_alone():
     config = GPTConfig(vocab_size=50, block_size=64, n_lookahead=8)
-    settings = {"batch_size": 3, "groups": 2, "seed": 5}
-    args, tokens = SimpleNamespace(stage="joint", **settings), np.arange(1000) % 50
+    settings = {"batch_size": 3, "groups": 2, "seed": 5, "window": None}
+    args, tokens = SimpleNamespace(stage="joint", **settings), [np.arange(1000) % 50]
     lengths = []
     for step in range(6):
         windows, cuts, n_lookahead = train_tiny.draw_batch(tokens, config, args, step)
