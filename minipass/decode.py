@@ -33,12 +33,14 @@ LARGE_VOCABULARY, N_CANDIDATES = 2**14, 64  # of a larger one a draft head score
 
 
 class Handed(NamedTuple):
-    """What a turn hands to the next: the root (B,), the token before it (B,), and the hidden states (B, L, n_embd) of
-    the look-ahead rows after the last accepted node, from which the next drafts are drawn."""
+    """What a turn hands to the next: the root (B,), the token before it (B,), and of the look-ahead rows after the last
+    accepted node, from which the next drafts are drawn, the hidden states (B, L, n_embd). Where a draft head scores
+    candidates alone, these are the likeliest by the logits (B, L, V) of the same rows, else (B, 0, V)."""
 
     root: torch.Tensor
     before: torch.Tensor
     hidden: torch.Tensor
+    logits: torch.Tensor
 
 
 class Result(NamedTuple):
@@ -58,7 +60,8 @@ class Decoder:
     def __init__(self, models: list[GPT], sampling: Sampling, rule: str, n_texts: int, max_len: int) -> None:
         self.models, self.model, self.device, self.sampling = models, models[0], models[0].device, sampling
         self.rule = rule if sampling.temperature > 0 else COUPLED  # greedy, both rules ask what the target draws
-        self.scores_candidates = models[0].config.vocab_size > LARGE_VOCABULARY and models[-1].draft_head is not None
+        large = models[0].config.vocab_size > LARGE_VOCABULARY
+        self.scores_candidates = large and len(models) == 1 and models[0].draft_head is not None
         self.by_parent = len(models) > 1 or models[0].draft_head is not None  # p depends on the token before
         self.caches = [KVCache(m.config, n_texts, max_len, device=m.device, dtype=m.dtype) for m in models]
         self.cache = self.caches[0]
@@ -75,7 +78,9 @@ class Decoder:
         # Verify: one pass over [root, drafts, look-ahead groups] gives the target distribution q after each draft.
         rows = torch.cat([handed.root[:, None], drafts.tokens], dim=1)  # (B, 1 + N)
         states = self.model.hidden(rows, nodes.layout, self.cache)  # (B, 1 + N + Q, n_embd)
-        q = self.sampling.distribution(self.model.logits(states[:, : rows.shape[1]]))  # (B, 1 + N, K)
+        n_real = rows.shape[1]  # a large output matrix is read once a turn, for both kinds of rows
+        logits = self.model.logits(states if self.scores_candidates else states[:, :n_real])
+        q = self.sampling.distribution(logits[:, :n_real])  # (B, 1 + N, K)
         # Accept drafts on a path from the root, and draw the token after them, the next root.
         last, root = accept(nodes, drafts, q, self.sampling, keys[..., nodes.depth])  # (B,), (B,)
         n_accepted, way = nodes.depth[last], nodes.path[last]  # (B,), (B, 1 + D)
@@ -84,8 +89,9 @@ class Decoder:
             self.cache.gather(way)
         self.cache.length += self.active * (1 + n_accepted)
         # Hand on: the rows after the last accepted node have looked ahead from there.
-        hidden = states[self.cache.batch, nodes.group_rows[last]]  # (B, L, n_embd)
-        handed = Handed(root, rows.gather(1, last[:, None])[:, 0], hidden)
+        group, batch = nodes.group_rows[last], self.cache.batch
+        ahead = logits[batch, group] if self.scores_candidates else logits[:, :0]
+        handed = Handed(root, rows.gather(1, last[:, None])[:, 0], states[batch, group], ahead)
         for_host = torch.cat([torch.stack([n_accepted, last, root], dim=1), rows.gather(1, way[:, 1:])], dim=1)
         return Result(drafts, q, last, handed, for_host)
 
@@ -105,10 +111,11 @@ class Decoder:
         copied: (B, N) for a chain, tokens to draft instead where they are not negative; all of p is then on them.
         """
         keys = keys[TARGET if self.rule == COUPLED else DRAFT]  # coupled: drafts race with the target's noise
-        hidden = F.pad(handed.hidden, (0, 0, 0, max(0, tree.depth[-1] - handed.hidden.shape[1])))  # (B, D or L, n_embd)
+        n_missing = max(0, tree.depth[-1] - handed.hidden.shape[1])
+        hidden = F.pad(handed.hidden, (0, 0, 0, n_missing))  # (B, D or L, n_embd)
         likely = None
         if self.scores_candidates and nodes.levels:
-            likely = self.model.logits(hidden).topk(max(N_CANDIDATES, tree.width)).indices  # (B, D or L, K)
+            likely = F.pad(handed.logits, (0, 0, 0, n_missing)).topk(max(N_CANDIDATES, tree.width)).indices
         tokens, made = handed.root[:, None], []  # (B, 1 + drafts so far)
         for level in nodes.levels:
             candidates = None if likely is None else likely[:, level.place]
@@ -169,7 +176,8 @@ class Decoder:
         self.keys.copy_(stream_keys(torch.tensor(seeds)))
         self.set_active(range(len(contexts)))
         root = padded.gather(1, last[:, None])[:, 0]
-        return Handed(root, root, self.cache.pairs.new_empty(len(root), 0, self.model.config.n_embd))
+        config, empty = self.model.config, self.cache.pairs.new_empty
+        return Handed(root, root, empty(len(root), 0, config.n_embd), empty(len(root), 0, config.vocab_size))
 
     def set_active(self, rows: Sequence[int]) -> None:
         """The rows of the batch whose texts continue; the cached tokens of the others stay as they are."""
@@ -190,7 +198,7 @@ class Decoder:
         inputs = [*handed] if copied is None else [*handed, copied]
         key = (shape, *(each.shape for each in inputs))
         if key not in self.graphs:
-            turn = lambda *inputs: self.turn(shape, Handed(*inputs[:3]), *inputs[3:])  # noqa: E731
+            turn = lambda *inputs: self.turn(shape, Handed(*inputs[:4]), *inputs[4:])  # noqa: E731
             self.graphs[key] = graphs.Graph(turn, inputs, [cache.length for cache in self.caches])
         # Copies, since the next replay writes to the same memory.
         return torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, self.graphs[key](*inputs))

@@ -65,7 +65,7 @@ def test_the_children_of_each_node_are_drawn_from_the_p_of_their_own_parents_tok
     handed = decoder.begin([[1, 2], [3], [4, 5, 6], [7]], [0] * 4, [5, 6, 7, 8])
     hidden = torch.randn(4, tree.depth[-1], 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     nodes, keys = Shape(tree, 3).on(CPU, True), decoder.noise(tree.depth[-1])
-    drafts = decoder.draft(tree, nodes, Handed(handed.root, handed.before, hidden), keys, None)
+    drafts = decoder.draft(tree, nodes, Handed(handed.root, handed.before, hidden, headed.logits(hidden)), keys, None)
     for b in range(4):
         tokens = [handed.root[b].item(), *drafts.tokens[b].tolist()]
         for node in set(tree.parents):
@@ -108,7 +108,7 @@ def test_of_a_large_vocabulary_the_head_weighs_the_likeliest_tokens_without_it(h
     handed = decoder.begin([[1, 2], [3]], [0] * 2, [5, 6])
     hidden = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     nodes, keys = Shape(TREE, 3).on(CPU, True), decoder.noise(3)
-    drafts = decoder.draft(TREE, nodes, Handed(handed.root, handed.before, hidden), keys, None)
+    drafts = decoder.draft(TREE, nodes, Handed(handed.root, handed.before, hidden, headed.logits(hidden)), keys, None)
     for b in range(2):
         tokens = [handed.root[b].item(), *drafts.tokens[b].tolist()]
         for node in set(TREE.parents):

@@ -198,7 +198,7 @@ def test_a_turn_neither_waits_for_the_device_nor_brings_anything_from_the_host(n
     models = [GPT(GPTConfig(n_lookahead=n, **sizes)).to("meta") for n in (4, 0)]
     decoder = Decoder(models if name == "two models" else models[:1], sampling, rule, n_texts=2, max_len=120)
     root = torch.zeros(2, dtype=torch.int64, device="meta")
-    handed = Handed(root, root, torch.zeros(2, 3, 16, device="meta"))
+    handed = Handed(root, root, torch.zeros(2, 3, 16, device="meta"), torch.zeros(2, 0, 11, device="meta"))
     copied = root[:, None].expand(2, 5) if name == "copied" else None
     decoder.turn(SHAPES[name], handed, copied)  # tables of indices come into being, as in the run before a recording
     with NoHostTensors(), NoHostIndices():
