@@ -20,6 +20,7 @@ from minipass.pretrained import SMOLLM2
 from minipass.sampling import COUPLED, REJECTION
 from minipass.tokenizer import stop_tokens
 
+MODEL = SMOLLM2
 CODE = "matplotlib"  # an installed package, which no training of adapters saw
 SHARE_OF_PROMPTS, EVALUATED, WINDOW = 4, 24, 256  # of the bench's prompts one in so many; windows and their tokens
 CHAINS, TREE_DRAFTS, LOOKUP_DRAFTS = (1, 2, 4), 16, 10
@@ -47,13 +48,13 @@ def pretrained(bench: Bench) -> Report:
     """
     try:
         best, table = (
-            Subject(name, weights.load(SMOLLM2, device=bench.device, dtype=bench.dtype, adapters=adapters))
-            for name, adapters in ((SMOLLM2, None), (f"{SMOLLM2}, table", weights.NONE))
+            Subject(name, weights.load(MODEL, device=bench.device, dtype=bench.dtype, adapters=adapters))
+            for name, adapters in ((str(MODEL), None), (f"{MODEL}, table", weights.NONE))
         )
     except InputError as error:
         return Report([f"Left out: {error}."])
     if not (best.model.config.n_lookahead and table.model.config.n_lookahead):
-        return Report([f"Left out: nothing in the package was trained for this {SMOLLM2}."])
+        return Report([f"Left out: nothing in the package was trained for {MODEL}."])
     report, encoding, forced = Report(), best.loaded.encoding, {}
     folder = Path(next(iter(importlib.util.find_spec(CODE).submodule_search_locations)))
     bench = replace(bench, subject=best, data=str(folder), n_prompts=max(2, bench.n_prompts // SHARE_OF_PROMPTS))
