@@ -9,6 +9,7 @@ import argparse
 import codecs
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import tiktoken
 import torch
 
 from minipass import weights
@@ -45,13 +47,18 @@ DEFAULT_TREE_SIZE = 8
 AUTO = "auto"
 CHAT_TEMPERATURE = 0.0  # small models are right more often when they are greedy
 COLOURS = {ACCEPTED: "32", BONUS: "36", CORRECTED: "33"}  # green, cyan, yellow; a sampled token stays as it is
+OnTurn = Callable[[Turn], None]
 METHOD_OF = {None: "plain", "fused": "pass", "two-pass": "two-pass", "tree": "tree"}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to write").add_argument
-    add("--prompt", help="text to continue, or - for standard input (default: the beginning of a Python class)")
+    add("text", nargs="?", metavar="PROMPT", help="text to continue, or - for standard input (default: the beginning "
+        "of a Python class)")  # fmt: skip
+    add("--prompt", metavar="PROMPT", help="the same, wherever it stands")
+    add("--keep-newline", action="store_true", help="of a prompt from standard input, keep the line end that it ends "
+        "with, too")  # fmt: skip
     add("--chat", nargs="?", const="", metavar="TEXT", help="ask TEXT with the model's chat template; without a text a "
         "conversation, which ends with an empty line")  # fmt: skip
     add("--max-new-tokens", type=int, help="at most so many (default: 128; of an answer in --chat 512)")
@@ -81,8 +88,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-p", type=float, help="draw from the fewest tokens with this probability (default: all)")
     add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
     add = parser.add_argument_group("model").add_argument
-    add("--checkpoint", default="joint", help="a file, the name of one in the package, or a model of others: smollm2, "
-        "a GGUF, a folder of a GPT-2 or Llama, or its name on the hub (default: %(default)s)")  # fmt: skip
+    add("--checkpoint", default="joint", help="a file, the folder of a finished run, the name of one in the package, "
+        "or a model of others: smollm2, a GGUF, a folder of a GPT-2 or Llama, or its name on the hub (default: "
+        "%(default)s)")  # fmt: skip
     add("--adapters", metavar="FILE", help="what was trained for this model to draft: look-ahead tokens, draft head, "
         "adapters; none: the look-ahead tokens alone, as in the paper (default: the best in the package)")  # fmt: skip
     add("--lookahead-table", dest="adapters", help=argparse.SUPPRESS)  # its name until now
@@ -96,9 +104,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", action="store_true", help="print one JSON object")
     add("--trace", type=Path, metavar="PATH", help="also write a web page that shows every turn")
     args = parser.parse_args()
+    if args.text is not None:
+        if args.prompt is not None:
+            raise InputError("two prompts were given: put a prompt of several words in quotes")
+        args.prompt = args.text
     if args.chat is not None:
         if args.prompt is not None:
-            raise InputError("--chat and --prompt exclude each other")
+            raise InputError("--chat and a prompt exclude each other")
         if args.chat == "" and (args.compare or args.json or args.trace):
             raise InputError("a conversation goes with none of --compare, --json and --trace: give --chat a text")
     if args.max_new_tokens is None:
@@ -118,6 +130,7 @@ def parse_arguments() -> argparse.Namespace:
         ("tree_size", args.variant == "tree" and args.lookahead != AUTO, "--pass tree, and no --lookahead auto"),
         ("rule", args.variant or args.prompt_lookup, "--pass or --prompt-lookup"),
         ("prompt_lookup", args.variant != "two-pass", "--pass fused or --pass tree, or no --pass"),
+        ("keep_newline", args.prompt == "-", "a prompt from standard input, named -"),
     ):
         if getattr(args, name) and not used:
             raise InputError(f"--{name.replace('_', '-')} needs {needed}")
@@ -171,11 +184,13 @@ def choose_method(loaded: weights.Checkpoint, args: argparse.Namespace, sampling
     return make_method(args.method, **settings)
 
 
-def read_prompt(argument: str | None) -> bytes:
-    """The prompt's bytes, which need not be UTF-8."""
+def read_prompt(argument: str | None, keep_newline: bool) -> bytes:
+    """The prompt's bytes, which need not be UTF-8; of standard input without its last line end, which `echo` adds."""
     if argument is None:
         return DEFAULT_PROMPT.encode()
     prompt = sys.stdin.buffer.read() if argument == "-" else os.fsencode(argument)
+    if argument == "-" and not keep_newline:
+        prompt = re.sub(rb"\r?\n\Z", b"", prompt)
     if not prompt:
         raise InputError("the prompt is empty; give at least one character")
     return prompt
@@ -199,7 +214,7 @@ class TextPrinter:
         sys.stdout.write(f"\033[{colour}m{text}\033[0m" if self.coloured and colour and text else text)
 
 
-def run(turns: Iterator[Turn], on_turn: Callable[[Turn], None] = lambda turn: None) -> tuple[Generation, float]:
+def run(turns: Iterator[Turn], on_turn: OnTurn = lambda turn: None) -> tuple[Generation, float]:
     """Goes through the turns of one prompt; returns the generation and its seconds, prefill included."""
     result, began = Generation(), time.perf_counter()
     for turn in turns:
@@ -220,13 +235,14 @@ def converse(loaded: weights.Checkpoint, engine: Engine, args: argparse.Namespac
     """
     messages: list[dict[str, str]] = []
     stop, block_size = stop_tokens(loaded.encoding), loaded.model.config.block_size
-    sys.stdout.reconfigure(errors="replace")
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     while True:
         try:
             question = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise InputError("a message must be UTF-8 text") from error
         if not question:
             return
         prompt = ask(loaded, question, messages)
@@ -295,9 +311,43 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def print_json(method: str, encoding: tiktoken.Encoding, turns: Iterator[Turn], on_turn: OnTurn) -> None:
+    """One object: the new text and how it came."""
+    result, seconds = run(turns, on_turn)
+    tokens, stop = result.tokens[0], stop_tokens(encoding)
+    text = encoding.decode_bytes([token for token in tokens if token not in stop])
+    figures = {
+        "text": text.decode("utf-8", "replace"),
+        "tokens": tokens,
+        "passes": result.passes,
+        "tokens_per_pass": result.tokens_per_pass,
+        "acceptance": result.acceptance,
+        "tokens_per_second": len(tokens) / seconds,
+        "method": method,
+    }
+    print(json.dumps(figures), flush=True)
+
+
+def print_text(prompt: bytes, encoding: tiktoken.Encoding, turns: Iterator[Turn], on_turn: OnTurn) -> None:
+    """The text as it comes, then a line of statistics on standard error."""
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    printer = TextPrinter(encoding, coloured)
+    printer.write_bytes(prompt)
+    sys.stdout.flush()
+
+    def show(turn: Turn) -> None:
+        on_turn(turn)
+        printer.write(turn.tokens[0], turn.origins[0])
+
+    result, seconds = run(turns, show)
+    printer.write_bytes(b"", final=True)
+    print(flush=True)
+    print(statistics_line(result, seconds, coloured and sys.stderr.isatty()), file=sys.stderr)
+
+
 def main() -> None:
     args = parse_arguments()
-    prompt = read_prompt(args.prompt) if args.chat is None else b""
+    prompt = read_prompt(args.prompt, args.keep_newline) if args.chat is None else b""
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
@@ -309,10 +359,17 @@ def main() -> None:
         return
     engine = Engine(loaded.model, method, sampling, use_graphs=args.cuda_graphs)
     prompt_ids = encode_bytes(encoding, prompt) if args.chat is None else ask(loaded, args.chat)
+    n_given, block_size = len(prompt_ids), loaded.model.config.block_size
+    if args.chat is None and n_given > block_size:
+        prompt_ids = prompt_ids[-max(1, block_size // 2) :]  # as of a text that outgrows the window
 
     def turns_of(engine: Engine) -> Iterator[Turn]:
         return engine.stream(prompt_ids, args.max_new_tokens, stop_token=stop, seed=args.seed)
 
+    turns_of(engine)  # finds a bad setting before anything is written
+    if len(prompt_ids) < n_given:
+        note = f"the prompt has {n_given} tokens, the window {block_size}: the model reads the last {len(prompt_ids)}"
+        print(f"sample.py: {note}", file=sys.stderr)
     if args.compare:
         plain = Engine(loaded.model, Plain(), sampling, use_graphs=args.cuda_graphs)
         compare({"plain": plain, args.method: engine}, turns_of, why_texts_may_differ(method, sampling, dtype))
@@ -325,45 +382,15 @@ def main() -> None:
         given["rule"] = method.rule
     trace = Trace(encoding, prompt, {"method": args.method, **given, "dtype": dtype_name(dtype)})
 
-    def keep(turn: Turn) -> None:
-        if args.trace:
-            trace.add(turn)
-
-    if args.json:
-        result, seconds = run(turns_of(engine), keep)
-        tokens = result.tokens[0]
-        text = encoding.decode_bytes([token for token in tokens if token not in stop])
-        figures = {
-            "text": text.decode("utf-8", "replace"),
-            "tokens": tokens,
-            "passes": result.passes,
-            "tokens_per_pass": result.tokens_per_pass,
-            "acceptance": result.acceptance,
-            "tokens_per_second": len(tokens) / seconds,
-            "method": args.method,
-        }
-        print(json.dumps(figures))
-        if args.trace:
+    on_turn = trace.add if args.trace else lambda turn: None
+    try:
+        if args.json:
+            print_json(args.method, encoding, turns_of(engine), on_turn)
+        else:
+            print_text(prompt, encoding, turns_of(engine), on_turn)
+    finally:  # also when it was interrupted, or nobody reads any more
+        if args.trace and trace.turns:
             trace.write(args.trace)
-        return
-    turns = turns_of(engine)  # finds a bad setting before anything is written
-    sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show every character
-    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    printer = TextPrinter(encoding, coloured)
-    if args.chat is None:
-        printer.write_bytes(prompt)
-        sys.stdout.flush()
-
-    def show(turn: Turn) -> None:
-        printer.write(turn.tokens[0], turn.origins[0])
-        keep(turn)
-
-    result, seconds = run(turns, show)
-    printer.write_bytes(b"", final=True)
-    print(flush=True)
-    print(statistics_line(result, seconds, coloured and sys.stderr.isatty()), file=sys.stderr)
-    if args.trace:
-        trace.write(args.trace)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ may be wrong about speed, never about the text.
 """
 
 import heapq
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from minipass.decode import Engine, Fused, Method, Schedule, copied_shape, fused
-from minipass.errors import InputError
+from minipass.errors import InputError, whole
+from minipass.files import explained
 from minipass.model import GPT
 from minipass.sampling import COUPLED, Sampling
 from minipass.texts import Texts, Turn
-from minipass.trees import DraftTree, Shape, chain
+from minipass.trees import MOST_DRAFTS, DraftTree, Shape, chain
 
 Accuracy = Sequence[Sequence[float]]  # (L, K): how often the draft of each rank is right at each depth, as evaluated
 LONGEST_PROMPT = 256  # before turns that are timed
@@ -30,11 +32,33 @@ FIRST_CHOICE, MOST_TURNS_BETWEEN = 4, 32  # turns until an AdaptiveTree chooses,
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # drafts of the trees to choose from
 
 
+def _numbers(accuracy: Accuracy) -> Accuracy:
+    """As plain numbers. Raises InputError where they are none, or not finite, or where a depth has none or others."""
+    with explained(
+        "the accuracy of drafts must be finite numbers, as many ranks for each depth", (TypeError, ValueError)
+    ):
+        numbers = np.array(accuracy, dtype=float)
+        if numbers.ndim != 2 or not numbers.size or not np.isfinite(numbers).all():
+            raise ValueError(f"{accuracy!r:.60}")
+    return numbers.tolist()
+
+
+def _time(seconds: Callable[[int], float], rows: int) -> float:
+    """Of a turn. Raises InputError where it is no time."""
+    found = seconds(rows)
+    if not 0 < found < math.inf:
+        raise InputError(f"a turn of {rows} rows must take more than 0 seconds and not for ever, not {found}")
+    return found
+
+
 def best_tree(accuracy: Accuracy, n_drafts: int) -> DraftTree:
     """The tree of n_drafts nodes of which most are accepted: always adds the node that is accepted most often.
 
     The probability of a path is the product of its nodes'. Fewer nodes come back when the ranks do not give as many.
+    Raises InputError where `accuracy` or n_drafts are not that.
     """
+    accuracy = accuracy and _numbers(accuracy)
+    whole(n_drafts, "the number of drafts in a tree", 0, MOST_DRAFTS)
     chosen: list[tuple[int, ...]] = []  # a node is named by the ranks on the way to it
     growing = [(-accuracy[0][0], (0,))] if accuracy else []  # the likeliest node first
     while growing and len(chosen) < n_drafts:
@@ -103,7 +127,7 @@ def fastest_tree(accuracy: Accuracy, seconds: Callable[[int], float]) -> DraftTr
     """The tree with most expected tokens per second."""
     trees = (best_tree(accuracy[:depth], n) for depth in range(1, 1 + len(accuracy)) for n in SIZES)
     shapes = [shape for tree in trees for shape in with_fewer_rows(tree, accuracy)]
-    return max(shapes, key=lambda shape: expected_tokens(shape, accuracy) / seconds(n_rows(shape)))
+    return max(shapes, key=lambda shape: expected_tokens(shape, accuracy) / _time(seconds, n_rows(shape)))
 
 
 def turn_times(streams: Sequence[Iterator[Turn]], n_turns: int) -> list[list[float]]:
@@ -140,15 +164,14 @@ class AdaptiveTree:
 
     accuracy: as evaluated beforehand; seconds: of a turn by rows. The choice, from a few trees, depends on past turns
     alone, so the text keeps the target's distribution. What was learned from one text serves the next one.
-    Raises InputError when a figure is missing or not finite.
+    Raises InputError when a figure is missing or not finite, or a turn takes no time.
     """
 
     def __init__(self, accuracy: Accuracy, seconds: Callable[[int], float]):
-        if not accuracy or not all(map(len, accuracy)) or not np.isfinite(np.concatenate(accuracy)).all():
-            raise InputError("the accuracy of drafts by rank must be there and finite to choose a tree from")
+        accuracy = _numbers(accuracy)
         fastest = [fastest_tree(scaled(accuracy, scale), seconds) for scale in SCALES]
         self.trees = list(dict.fromkeys([*fastest, *(chain(n) for n in range(1, 1 + len(accuracy)))]))
-        self.seconds = [seconds(n_rows(tree)) for tree in self.trees]
+        self.seconds = [_time(seconds, n_rows(tree)) for tree in self.trees]
         self.tree = fastest[SCALES.index(1.0)]
         # Of each depth and rank: how often it was tested, its better siblings having failed, and how often accepted.
         # What was evaluated beforehand counts as PRIOR_TESTS tests.

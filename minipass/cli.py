@@ -45,7 +45,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's main; a user's mistake becomes one sentence on standard error and exit status 2."""
+    """Runs a script's main; a user's mistake becomes one sentence on standard error and exit status 2.
+
+    A standard stream that is closed is as good as an empty one, and what an output cannot show is printed as escapes.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the end
+    sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does by itself
     try:
         try:
             main()

@@ -15,7 +15,7 @@ def whole(value: Any, name: str, least: int, most: float = math.inf) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise InputError(f"{name} must be a whole number {bounds}, not {value!r}") from None
+        raise InputError(f"{name} must be a whole number {bounds}, not {value!r:.60}") from None
     if not least <= number <= most:
         raise InputError(f"{name} must be a whole number {bounds}, not {number}")
     return number

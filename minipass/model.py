@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,10 @@ class GPTConfig:
         for field in fields(self):
             if field.type is int:
                 whole(getattr(self, field.name), field.name, 0 if field.name in MAY_BE_0 else 1)
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 < value < math.inf:
+                raise InputError(f"{name} must be a number greater than 0, not {value!r:.60}")
         if not self.head_dim and self.n_embd % self.n_head:
             raise InputError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.n_head % self.kv_heads:
@@ -120,8 +125,11 @@ class KVCache:
         return self.masks[layout].index_select(1, self.max_len - self.length).transpose(0, 1)
 
     def store(self, layer: int, slots: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-        """Writes pairs (B, R, 2, kv_heads, head_dim) into `slots` (B, R); returns all of that layer."""
-        self.pairs[layer][self.batch, slots] = pairs
+        """Writes pairs (B, R, 2, kv_heads, head_dim) into `slots` (B, R); returns all of that layer.
+
+        What a mask hides counts 0 times, and 0 times infinity would reach every row: as of look-ahead rows in float16.
+        """
+        self.pairs[layer][self.batch, slots] = pairs.nan_to_num(0, 0, 0)
         return self.pairs[layer]
 
     def select(self, texts: torch.Tensor) -> None:

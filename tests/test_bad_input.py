@@ -71,7 +71,8 @@ def assert_one_sentence(result) -> None:
 
 SAMPLE_MISTAKES = [
     ["--prompt", ""],
-    ["--prompt", "much longer than the window " * 3],
+    ["a second prompt"],
+    ["--keep-newline"],
     ["--pass", "--lookahead", "0"],
     ["--pass", "--lookahead", "-1"],
     ["--pass", "--lookahead", "4"],
@@ -79,6 +80,7 @@ SAMPLE_MISTAKES = [
     ["--pass", "two-pass", "--lookahead", "auto"],
     ["--lookahead", "auto"],
     ["--lookahead", "2"],
+    ["--lookahead", "1000000000000"],
     ["--prompt-lookup", "--lookahead", "2"],
     ["--pass", "--lookahead", "auto"],  # no record of accuracy in a model that was not trained
     ["--tree-size", "8"],
@@ -92,6 +94,7 @@ SAMPLE_MISTAKES = [
     ["--pass", "tree", "--tree-size", "257"],
     ["--pass", "--prompt-lookup", "-1"],
     ["--prompt-lookup", "257"],
+    ["--prompt-lookup", "1000000000000"],
     ["--pass", "two-pass", "--prompt-lookup"],
     ["--pass", "--cuda-graphs", "--device", "cpu"],
     ["--compare", "--cuda-graphs", "--device", "cpu"],
@@ -103,6 +106,7 @@ SAMPLE_MISTAKES = [
     ["--top-p", "1.5"],
     ["--top-p", "nan"],
     ["--max-new-tokens", "0"],
+    ["--prompt", "longer than the window " * 2, "--max-new-tokens", "0"],
     ["--seed", "-1"],
     ["--seed", str(2**63)],
     ["--json", "--temperature", "nan"],

@@ -188,7 +188,7 @@ def change_config(folder, changes: dict) -> None:
         ({"intermediate_size": 10}, "does not hold what its config says: .*gate_proj"),
         ({"tie_word_embeddings": False}, "lacks 1 weights, such as lm_head"),
         ({"num_hidden_layers": 1}, "has, unexpectedly, 9 weights, such as model.layers.1"),
-        ({"max_position_embeddings": "left out"}, "block_size"),
+        ({"max_position_embeddings": "left out"}, "max_position_embeddings"),
     ],
     ids=str,
 )

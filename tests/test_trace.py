@@ -1,6 +1,9 @@
 """The trace page: well formed, self-contained, true to the turns, and safe with any text."""
 
+import json
 import re
+import shutil
+import subprocess
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -336,3 +339,86 @@ def test_a_page_that_cannot_be_written_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="cannot write"):
         Trace(LETTERS, b"BCD", {}).write(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "rule", "words"),
+    [
+        ("pass", "coupled", "Drafts, each accepted if the target drew it"),
+        ("pass", "rejection", "Drafts, each accepted with probability min(1, q/p)"),
+        ("tree", "coupled", "Drafts on the way, each accepted if the target drew it"),
+        ("tree", "rejection", "Drafts on the way, each accepted with probability min(1, q/p), of the p and q that "
+         "those before it left"),
+    ],
+)  # fmt: skip
+def test_a_table_of_drafts_says_how_they_were_tested(lively_model, method, rule, words):
+    page = Page(trace_of(LETTERS, b"BCD", turns_of(lively_model, method, rule=rule)).html())
+    assert words in [text for _, text in page.texts]
+
+
+def test_the_page_says_that_its_tokens_can_be_selected_and_each_belongs_to_a_turn(lively_model):
+    turns = turns_of(lively_model)
+    page = Page(trace_of(LETTERS, b"BCD", turns).html())
+    assert any("Select a token" in text and "arrow keys" in text for _, text in page.texts)
+    parts = [attributes["data-t"] for _, attributes in page.tags if "data-t" in attributes]
+    details = [attributes["id"] for tag, attributes in page.tags if tag == "details"]
+    assert [f"t{number}" for number in parts] == details == [f"t{i}" for i in range(1, 1 + len(turns))]
+
+
+BROWSER = """
+// As much of a browser as the page's script needs: a text of three turns, and a list of them.
+const classes = () => ({ has: new Set(), toggle(name, on) { on ? this.has.add(name) : this.has.delete(name); } });
+let focused = null;
+const heard = {};
+const element = more => ({ classList: classes(), closest: () => null, setAttribute() {}, removeAttribute() {},
+  before() {}, replaceChildren(...children) { this.children = children; },
+  addEventListener(kind, hear) { heard[kind] = hear; }, blur() { focused = null; }, ...more });
+const list = [1, 2, 3].map(n => element({ n, open: false, cloneNode() { return element({ n }); },
+  firstElementChild: { focus() { focused = "summary " + n; } } }));
+const parts = [1, 2, 3].map(n => { const part = element({ dataset: { t: String(n) } });
+  part.closest = () => part;
+  part.focus = () => { focused = n; heard.focusin({ target: part }); };
+  return part; });
+const text = element({ querySelectorAll: () => parts });
+const ids = { now: element(), hint: element({ hidden: true }), turns: element(), t1: list[0], t2: list[1],
+  t3: list[2] };
+globalThis.document = { getElementById: id => ids[id], querySelector: () => text, querySelectorAll: () => list,
+  createElement: () => element() };
+const script = require("fs").readFileSync(0, "utf8");
+new Function(script)();
+const said = [];
+function look() {
+  said.push({ focused, shown: ids.now.children.map(each => each.n), open: list.map(each => each.open),
+    tab: parts.map(each => each.tabIndex), later: parts.map(each => each.classList.has.has("later")) });
+}
+look();
+for (const key of process.argv.slice(1)) {
+  if (key == "Tab") parts.find(each => each.tabIndex == 0).focus();
+  else text.onkeydown({ key, target: parts[focused - 1], preventDefault() {} });
+  look();
+}
+console.log(JSON.stringify([ids.hint.hidden, said]));
+"""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="this machine has no node to run the page's script")
+def test_keys_step_through_the_turns_with_the_text_up_to_there():
+    html = trace_of(BYTES, b"x", [emitting([120])] * 3).html()
+    script = re.search("<script>(.*)</script>", html, re.DOTALL)[1]
+    keys = ["Tab", "ArrowRight", "ArrowDown", "ArrowRight", "ArrowLeft", "Home", "ArrowUp", "End", "Escape"]
+    command = ["node", "-e", BROWSER, *keys]
+    done = subprocess.run(command, input=script, capture_output=True, text=True, check=True, timeout=60)
+    hidden, (whole, *seen, after_escape) = json.loads(done.stdout)
+    assert not hidden
+    for state in (whole, after_escape):
+        assert (state["focused"], state["shown"], state["later"]) == (None, [], [False] * 3)
+    expected = [1, 2, 3, 3, 2, 1, 1, 3]
+    assert [state["focused"] for state in seen] == expected
+    assert [state["shown"] for state in seen] == [[number] for number in expected]
+    assert [state["later"] for state in seen] == [[i > number for i in (1, 2, 3)] for number in expected]
+    assert [state["tab"].index(0) for state in (whole, *seen)] == [0, *(number - 1 for number in expected)]
+    assert all(sorted(state["tab"]) == [-1, -1, 0] for state in (whole, *seen))
+    done = subprocess.run(["node", "-e", BROWSER, "Tab", "End", "Enter"], input=script, capture_output=True, text=True,
+                          check=True, timeout=60)  # fmt: skip
+    state = json.loads(done.stdout)[1][-1]
+    assert (state["focused"], state["open"]) == ("summary 3", [False, False, True])

@@ -1,7 +1,8 @@
 """A generation as a web page: the text coloured by where each token came from, and every turn to open and look into.
 
-The page is one file that needs nothing else: it opens from disk, and its policy line forbids the browser to fetch
-anything. A Trace takes turns as they come and keeps only the numbers that the page shows, not the distributions.
+The page (its frame is trace_page.py) is one file that needs nothing else: it opens from disk, and its policy line
+forbids the browser to fetch anything. A Trace takes turns as they come and keeps only the numbers that the page shows,
+not the distributions.
 """
 
 from dataclasses import dataclass, replace
@@ -11,6 +12,17 @@ from pathlib import Path
 import tiktoken
 import torch
 
+from minipass.extras.trace_page import (
+    COUPLED_EXPLANATION,
+    COUPLED_TEST,
+    EXPLANATION,
+    PAGE,
+    REJECTION_EXPLANATION,
+    REJECTION_TEST,
+    TREE_EXPLANATION,
+    TREE_REJECTION_EXPLANATION,
+    TREE_REJECTION_TEST,
+)
 from minipass.files import atomic_write
 from minipass.sampling import Distribution, reject
 from minipass.texts import ACCEPTED, BONUS, CORRECTED, SAMPLED, Generation, Turn
@@ -125,16 +137,15 @@ class Trace:
             f'<li><span class="{name}">{name}</span> {meaning}</li>'
             for name, meaning in {"prompt": "what was given", **MEANING}.items()
         )
-        body = [
-            "<h1>PaSS, turn by turn</h1>",
-            f'<p class="lead">{self._headline()}</p>',
-            f'<h2>Text</h2><ul class="legend">{legend}</ul>',
-            f'<pre class="text" dir="auto">{self._text()}</pre>',
-            f"<h2>Tokens per pass</h2>{curve(self.turns)}",
-            f"<h2>Figures</h2>{self._figures()}",
-            f'<h2>Turns</h2>{self._explanation()}<div id="turns">{turns}</div>',
-        ]
-        return f"{HEAD}<body><main>\n{chr(10).join(body)}\n</main>{SCRIPT}</body></html>\n"
+        return PAGE.substitute(
+            headline=self._headline(),
+            legend=legend,
+            text=self._text(),
+            curve=curve(self.turns),
+            figures=self._figures(),
+            explanation=self._explanation(),
+            turns=turns,
+        )
 
     def _headline(self) -> str:
         n_tokens, passes = len(self.result.tokens[0]) if self.turns else 0, self.result.passes
@@ -176,7 +187,7 @@ class Trace:
         for position, (accepted, made) in enumerate(zip(self.result.accepted, self.result.tested, strict=True), 1):
             facts[f"accepted at draft {position}"] = f"{accepted} of {made} ({accepted / made:.2f})"
         rows = (f"<div><dt>{plain(name)}</dt><dd>{plain(str(fact))}</dd></div>" for name, fact in facts.items())
-        return f"<dl>{''.join(rows)}</dl>"
+        return "".join(rows)
 
     def _explanation(self) -> str:
         """How to read the turns: both rules and trees, where they were used."""
@@ -202,7 +213,10 @@ class Trace:
         if seen.drafts:
             heads = ("p", "q", "min(1, q/p)") if seen.by_rejection else ("q", "target drew")
             cells = [(draft.place, self._code(draft.token), *self._test(draft), draft.outcome) for draft in seen.drafts]
-            body += table("Drafts on the way" if tree.width > 1 else "Drafts", ("#", "token", *heads, "outcome"), cells)
+            which = "Drafts on the way" if tree.width > 1 else "Drafts"
+            rejection = TREE_REJECTION_TEST if tree.width > 1 else REJECTION_TEST
+            which += f", each accepted {rejection if seen.by_rejection else COUPLED_TEST}"
+            body += table(which, ("#", "token", *heads, "outcome"), cells)
         if seen.source:
             caption, heads = f"The target after {f'draft {seen.n_accepted}' if seen.n_accepted else 'the root'}", ("q",)
             if seen.rejection is not None:
@@ -348,86 +362,3 @@ def curve(turns: list[SeenTurn]) -> str:
         f'<text x="{right}" y="108" text-anchor="end">pass {points[-1][0]}</text></svg>'
         f"<figcaption>{words}</figcaption></figure>"
     )
-
-
-HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
-script-src 'unsafe-inline'">
-<title>PaSS, turn by turn</title>
-<style>
-:root { color-scheme: light dark; --page: #fff; --ink: #1b1b1b; --soft: #5c5c5c; --line: #d4d4d4; --box: #f6f6f6;
-  --accepted: #00654a; --bonus: #00558a; --corrected: #9c3d00; --tint: 12%; }
-@media (prefers-color-scheme: dark) { :root { --page: #16181b; --ink: #e8e8e8; --soft: #a6a6a6; --line: #3c4046;
-  --box: #1e2125; --accepted: #4fd0a5; --bonus: #7cc4f0; --corrected: #f0a35c; --tint: 16%; } }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.15rem; margin: 1.8rem 0 .5rem; } .lead { margin: .2rem 0 0; }
-pre, code, .chip, .legend span { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
-pre, code, .chip, dd { overflow-wrap: anywhere; white-space: break-spaces; unicode-bidi: isolate; }
-.text { background: var(--box); border: 1px solid var(--line); border-radius: 6px; padding: .8rem; margin: 0;
-  font-size: .875rem; line-height: 1.9; tab-size: 4; }
-.sampled, .accepted, .corrected, .bonus { text-decoration: underline 2px; text-underline-offset: .4em;
-  text-decoration-skip-ink: none; border-radius: 2px; }
-.prompt { color: var(--soft); }
-.sampled { text-decoration: underline 2px dotted var(--soft); }
-.accepted { color: var(--accepted); text-decoration-style: solid;
-  background: color-mix(in srgb, var(--accepted) var(--tint), transparent); }
-.bonus { color: var(--bonus); text-decoration-style: double; text-decoration-thickness: 1px;
-  background: color-mix(in srgb, var(--bonus) var(--tint), transparent); }
-.corrected { color: var(--corrected); text-decoration-style: wavy; text-decoration-thickness: 1px;
-  background: color-mix(in srgb, var(--corrected) var(--tint), transparent); }
-.legend { list-style: none; padding: 0; margin: 0 0 .6rem; font-size: .875rem; color: var(--soft);
-  display: flex; flex-wrap: wrap; gap: .1rem 1.4rem; }
-figure { margin: 0; max-width: 30rem; } figcaption, small, caption { color: var(--soft); font-size: .875rem; }
-svg { display: block; width: 100%; height: auto; } svg text { font-size: 9px; fill: var(--soft); }
-polyline { fill: none; stroke: var(--bonus); stroke-width: 1.5; } circle { fill: var(--bonus); }
-.grid { stroke: var(--line); stroke-width: .7; } .plain { stroke: var(--soft); stroke-dasharray: 4 3; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .6rem 1rem; margin: 0; }
-dt { color: var(--soft); font-size: .8125rem; } dd { margin: 0; font-variant-numeric: tabular-nums; }
-details { border-top: 1px solid var(--line); } details:last-child { border-bottom: 1px solid var(--line); }
-summary { padding: .3rem .2rem; cursor: pointer; line-height: 1.9; }
-summary b { min-width: 2.4em; padding-right: .4em; }
-summary:focus-visible { outline: 2px solid var(--bonus); outline-offset: -2px; } summary small { white-space: nowrap; }
-.chip { font-size: .8125rem; padding: .05rem .2rem; margin-right: .3rem; }
-details p { margin: .2rem 0 .5rem; } details > :not(summary) { margin-left: 1.1rem; font-size: .875rem; }
-table { border-collapse: collapse; margin-bottom: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: .2rem; } th { font-weight: 600; }
-th, td { text-align: right; padding: .15rem .45rem; border-top: 1px solid var(--line); }
-.words, td:has(code), td:last-child { text-align: left; }
-
-.unused { color: var(--soft); }
-button { font: inherit; font-size: .875rem; margin: 0 0 .6rem; }
-@media (max-width: 30rem) { th, td { padding: .15rem .2rem; font-size: .8125rem; }
-  details > :not(summary) { margin-left: 0; } }
-</style></head>
-"""
-
-EXPLANATION = """A turn is one pass of the target model. A draft pass looks ahead: its look-ahead rows give the
-distributions that the next turn's drafts are drawn from. A verify pass tests drafts: q is the probability that the
-target gives a draft after the drafts before it. A fused pass does both. Drafts are accepted up to the first that is
-rejected; q of those after it says what would follow it, and counts no more. The last token of a turn is the target's
-own: a table shows the likeliest tokens of the distribution that it was drawn from."""
-COUPLED_EXPLANATION = """Here drafts were tested by the coupled rule: at each place the target draws a token, with the
-noise of that place of the text, and a draft is accepted if it is that token. Drafts are drawn with the same noise,
-which makes this likely. The text is the one that plain decoding draws. (At temperature 0 both take the likeliest
-token.)"""
-REJECTION_EXPLANATION = """Here drafts were tested by the rejection rule: p is the probability with which a token was
-drafted, and the draft is accepted with probability min(1, q/p). After a rejection the token is drawn from the residual,
-max(0, q - p) made to sum to 1."""
-TREE_EXPLANATION = """In a tree several drafts are alternatives for one place, 1.1 and 1.2 and so on; after an accepted
-one those that hang from it are tested."""
-TREE_REJECTION_EXPLANATION = """They are tested one after the other, each with what those before it have left of p and
-q."""
-
-# The page says everything without it: a click on the text opens that turn, a button opens or closes all.
-SCRIPT = """<script>
-const all = document.querySelectorAll("details"), button = document.createElement("button");
-button.textContent = "Open or close all";
-button.onclick = () => { const open = !all[0].open; all.forEach(d => { d.open = open; }); };
-document.getElementById("turns").before(button);
-document.querySelector(".text").onclick = event => {
-  const part = event.target.closest("[data-t]"), turn = part && document.getElementById("t" + part.dataset.t);
-  if (turn && getSelection().isCollapsed) { turn.open = true; turn.firstElementChild.focus(); }
-};
-</script>"""

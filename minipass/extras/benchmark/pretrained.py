@@ -13,7 +13,7 @@ from minipass.data import even_windows
 from minipass.decode import Engine, Fused, Plain, TwoPass
 from minipass.errors import InputError
 from minipass.extras.benchmark import peers
-from minipass.extras.benchmark.contenders import DECODINGS, GREEDY, LOOKUP, PLAIN, SAMPLED, Bench, Subject
+from minipass.extras.benchmark.contenders import DECODINGS, FUSED, GREEDY, LOOKUP, PLAIN, SAMPLED, Bench, Subject
 from minipass.extras.benchmark.measuring import ours
 from minipass.extras.benchmark.reporting import Report, shares
 from minipass.pretrained import SMOLLM2
@@ -78,24 +78,22 @@ def pretrained(bench: Bench) -> Report:
         "chat": [chat([{"role": "user", "content": question}]) for question in QUESTIONS[: bench.n_prompts]],
         "repetitive": edits,
     }
-    for decoding in (GREEDY, SAMPLED):
+    for decoding, asked in ((GREEDY, domains), (SAMPLED, (CODE, "chat"))):
         seconds = turn_seconds(best.model, accuracy[:MOST_AUTO_LOOKAHEAD], DECODINGS[decoding])
-        for domain, prompts in domains.items():
+        for domain, prompts in ((domain, domains[domain]) for domain in asked):
             rows = {
-                "two-pass, table": (TwoPass(CHAINS[0]), table, CHAINS[0]),
-                "fused, table": (Fused(CHAINS[0]), table, CHAINS[0]),
-                "chain, table": (Fused(CHAINS[-1]), table, CHAINS[-1]),
+                "two-pass, table": (TwoPass(CHAINS[1]), table, CHAINS[1]),
+                "fused, table": (Fused(CHAINS[-1]), table, CHAINS[-1]),
                 f"tree of {TREE_DRAFTS}, table": (Fused(best_tree(alone, TREE_DRAFTS)), table, None),
-                **{f"fused {n}": (Fused(n), best, n) for n in CHAINS},
+                **{f"{FUSED}, L = {n}": (Fused(n), best, None) for n in CHAINS},
                 f"tree of {TREE_DRAFTS}": (Fused(best_tree(accuracy, TREE_DRAFTS)), best, None),
                 LOOKUP: (Fused(0, lookup=LOOKUP_DRAFTS), best, None),
-                "auto": (Auto(AdaptiveTree(accuracy[:MOST_AUTO_LOOKAHEAD], seconds), COUPLED, 0), best, None),
                 "auto + prompt lookup": (
                     Auto(AdaptiveTree(accuracy[:MOST_AUTO_LOOKAHEAD], seconds), COUPLED, LOOKUP_DRAFTS), best, None
                 ),
             }  # fmt: skip
             if decoding == SAMPLED:
-                rows |= {f"fused {n}, rejection": (Fused(n, REJECTION), best, n) for n in CHAINS[1:]}
+                rows[f"{FUSED}, L = {CHAINS[-1]}, rejection"] = Fused(CHAINS[-1], REJECTION), best, None
             stop = stop_tokens(encoding)
 
             def contender(name, method, subject, n, baseline, prompts=prompts, decoding=decoding, stop=stop):
