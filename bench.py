@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from minipass.errors import InputError
 from minipass.extras.benchmark.contenders import Bench, Subject
 from minipass.extras.benchmark.experiments import EXPERIMENTS
 from minipass.extras.benchmark.reporting import Report
-from minipass.files import atomic_write
+from minipass.files import atomic_write, heedless
 
 DEFAULT_LENGTHS = (2, 4)
 LEAST_NEW_TOKENS = 2  # the clock starts after the first
@@ -193,12 +194,13 @@ def main() -> None:
     for name in EXPERIMENTS if args.full else args.only or ["headline"]:
         report = EXPERIMENTS[name](bench)
         where = setting(bench)
-        print(f"**{name}**: {EXPERIMENTS[name].__doc__.splitlines()[0]}\n\n{report.text}\n\n{where}\n", flush=True)
         if args.json:
             results["experiments"][name] = {"setting": where, **report.data}
             write_results(args.json, results)
         if args.plots:
             write_pictures(args.plots, report)
+        with heedless() if args.json else nullcontext():
+            print(f"**{name}**: {EXPERIMENTS[name].__doc__.splitlines()[0]}\n\n{report.text}\n\n{where}\n", flush=True)
 
 
 if __name__ == "__main__":

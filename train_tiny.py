@@ -1,4 +1,4 @@
-"""Trains a small GPT and its look-ahead tokens: `python train_tiny.py` does something sensible in ten minutes.
+"""Trains a small GPT and its look-ahead tokens: `python train_tiny.py` takes ten minutes, for a first impression.
 
 Stages: `base` trains a plain language model; `lookahead` freezes a base and trains the look-ahead table and a draft
 head, with --lora-rank gated adapters too (--head none: the table alone, as in the paper, section 3.2); `joint` trains
@@ -15,11 +15,14 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain as joined
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +35,10 @@ from tqdm import tqdm
 from minipass import losses, weights
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.data import (
+    BUILT_IN,
     HELDOUT_FRACTION,
+    check_length,
+    digest_of,
     encode_to_file,
     even_windows,
     find_documents,
@@ -42,20 +48,23 @@ from minipass.data import (
     split_documents,
 )
 from minipass.errors import InputError
-from minipass.files import atomic_write
+from minipass.files import atomic_write, heedless
 from minipass.model import GPT, GPTConfig, is_drafting
 from minipass.own_text import own_text
-from minipass.pretrained import is_pretrained
+from minipass.pretrained import SMOLLM2, is_pretrained, is_shipped
 from minipass.tokenizer import build_encoding, gpt2_encoding, train_bpe
 
 # What may differ when a run continues, as may the number of processes.
-NOT_PART_OF_A_RUN = ("resume", "device", "dtype", "minutes", "save_every", "accumulate", "checkpoint_activations")
+MAY_DIFFER = ("out", "resume", "device", "dtype", "minutes", "save_every", "accumulate", "checkpoint_activations")
 
 SELF = "self"  # as a corpus: text that the model writes itself
+LARGEST = 1e30  # of an option: a float32 holds little more
+MINUTES = 10.0  # of a run without --steps and --minutes
+VALIDATIONS = 6  # in a run at least
 LONGEST_WINDOW = 1024  # of a text in training, unless --window says so
 MATRICES = ("h.", "draft_head.")  # where the parameters for Muon are
-HEAD_LR = 0.2  # of the table's, in the lookahead stage
-WIDEST, WIDE_LR = 512, 0.1  # of Muon's matrices the narrow side at most; what is wider learns at this share with AdamW
+HEAD_LR, LORA_LR = 0.2, 0.5  # of the table's, in the lookahead stage
+WIDEST, WIDE_LR = 512, 0.5  # of Muon's matrices the narrow side at most; what is wider learns at this share with AdamW
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,7 +87,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--own-tokens", type=int, default=200_000, help="tokens of self (default: %(default)s)")
     add("--tokenizer", default="bpe", choices=("bpe", "gpt2"), help="bpe trains one on the data (default)")
     add("--steps", type=int, help="optimiser steps")
-    add("--minutes", type=float, help="stop after this time (default, without --steps: 10)")
+    add("--minutes", type=float, help="stop after this time (default: as the run that goes on; without "
+        f"--steps: {MINUTES:.0f})")  # fmt: skip
     add("--batch-size", type=int, default=16, help="windows in a step, of all processes (default: %(default)s)")
     add("--accumulate", type=int, default=1, help="parts that a process takes its windows in, to save memory")
     add("--checkpoint-activations", action="store_true", help="compute each block twice, to save memory")
@@ -123,8 +133,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="autocast to float32, bfloat16 or float16; auto measures nothing and takes "
         "bfloat16 where the hardware has it (default)")  # fmt: skip
-    add("--eval-every", type=int, default=250, help="steps between validations (default: %(default)s)")
-    add("--eval-windows", type=int, default=128, help="held-out texts of a validation (default: %(default)s)")
+    add("--eval-every", type=int, default=250, help="steps between validations, of which there are at least "
+        f"{VALIDATIONS} (default: %(default)s)")  # fmt: skip
+    add("--eval-windows", type=int, default=64, help="held-out texts of a validation (default: %(default)s)")
     add("--save-every", type=int, default=250, help="steps between checkpoints (default: %(default)s)")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -143,16 +154,15 @@ def parse_arguments() -> argparse.Namespace:
         "position_decay",
     ):
         value = getattr(args, name)
-        if value is not None and not (0 < value < math.inf):
-            raise InputError(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
+        if value is not None and not (0 < value < LARGEST):
+            bound = "greater than 0" if value < LARGEST or math.isnan(value) else f"less than {LARGEST:g}"
+            raise InputError(f"--{name.replace('_', '-')} must be {bound}, not {value}")
     if not 0 <= args.decay <= 1:
         raise InputError(f"--decay must lie in [0, 1], not {args.decay}")
     if args.groups < 1:
         raise InputError(f"--groups must be at least 1, not {args.groups}")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2**63 - 1, not {args.seed}")
-    if args.steps is None and args.minutes is None:
-        args.minutes = 10.0
     if args.lr is None:
         args.lr = 0.02 if args.stage == "lookahead" else 0.004
     return args
@@ -203,19 +213,21 @@ def make_optimizers(model: GPT, stage: str, lr: float) -> list[torch.optim.Optim
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_drafting(name) == (stage == "lookahead") or stage == "joint")
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = {"muon": [], "wide": [], "others": []}
-    for name, parameter in trained:
+    groups: dict[tuple[bool, float], list] = defaultdict(list)  # by whether they are Muon's, and scale of learning rate
+    for name, parameter in model.named_parameters():
         matrix = name.startswith(MATRICES) and parameter.dim() == 2
-        groups[("wide" if min(parameter.shape) > WIDEST else "muon") if matrix else "others"].append(parameter)
-    muon = {"params": groups["muon"], "scale": HEAD_LR if stage == "lookahead" else 1.0}
-    adam = [{"params": groups["others"]}]
-    if groups["wide"]:
-        adam.append({"params": groups["wide"], "scale": WIDE_LR})
-    found = [torch.optim.AdamW(adam, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
-    if groups["muon"]:
-        found.insert(0, torch.optim.Muon([muon], lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
-    return found
+        wide = matrix and min(parameter.shape) > WIDEST
+        scale = WIDE_LR if wide else 1.0
+        if matrix and stage == "lookahead":
+            scale *= LORA_LR if name.endswith((".down", ".up")) else HEAD_LR
+        if parameter.requires_grad:
+            groups[matrix and not wide, scale].append(parameter)
+    muon, adam = (
+        [{"params": group, "scale": scale} for (of_muon, scale), group in groups.items() if of_muon == which]
+        for which in (True, False)
+    )
+    found = [torch.optim.Muon(muon, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")] if muon else []
+    return [*found, torch.optim.AdamW(adam, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
 def learning_rate(peak: float, step: int, progress: float, decay: float) -> float:
@@ -224,7 +236,10 @@ def learning_rate(peak: float, step: int, progress: float, decay: float) -> floa
 
 
 def draw_curves(folder: Path, history: list[dict]) -> None:
-    """loss.png: training and held-out loss, and acceptance by look-ahead position, against steps."""
+    """loss.png: training and held-out loss, and acceptance by look-ahead position, against steps.
+
+    Beside that, where the look-ahead loss changed, and the acceptance of a drafter who knows nothing of the context.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -235,16 +250,30 @@ def draw_curves(folder: Path, history: list[dict]) -> None:
     left.plot([e["step"] for e in history], [e["loss"] for e in history], color="0.7", label="training, whole loss")
     steps = [entry["step"] for entry in validated]
     left.plot(steps, [e["heldout_loss"] for e in validated], "o-", label="held out, next token")
+    for before, entry in pairwise(history):
+        if entry.get("kind") != before.get("kind"):  # older logs do not say
+            left.axvline(entry["step"], color="0.5", linestyle=":", label=f"look-ahead loss is {entry['kind']}")
     left.set(xlabel="step", ylabel="nats per token")
     left.legend()
     for position in range(len(validated[-1]["acceptance"]) if validated else 0):
         right.plot(steps, [e["acceptance"][position] for e in validated], "o-", label=f"[LA]_{position + 1}")
     right.set(xlabel="step", ylabel="expected acceptance, held out", ylim=(0, 1))
     if right.lines:
+        constant = [e.get("constant_acceptance", math.nan) for e in validated]
+        right.plot(steps, constant, ":", color="0.5", label="knowing nothing")
         right.legend(ncol=2, fontsize="small")
     figure.tight_layout()
     atomic_write(folder / "loss.png", lambda path: figure.savefig(path, format="png", dpi=110))
     plt.close(figure)
+
+
+def described(entry: dict) -> str:
+    """A validation in one line."""
+    line = f"step {entry['step']}: held-out loss {entry['heldout_loss']:.3f}"
+    if not entry["acceptance"]:
+        return line
+    accepted = " ".join(f"{value:.2f}" for value in entry["acceptance"])
+    return f"{line}, acceptance {accepted} ({entry['constant_acceptance']:.2f} by knowing nothing)"
 
 
 class TrainingPass(torch.nn.Module):
@@ -271,14 +300,33 @@ def join_processes(device_name: str) -> tuple[torch.device, int, int]:
     return device, rank, max(world, 1)
 
 
-def unfinished_run(last: Path, settings: dict) -> weights.Checkpoint:
-    """The checkpoint to go on from. Raises InputError when it is none, or its run had other settings."""
+def located(settings: dict) -> dict:
+    """Settings as runs compare them: of paths that there are, where they lead to."""
+
+    def place(given: str | None) -> str | None:
+        is_name = given in (None, *BUILT_IN, SELF, SMOLLM2) or is_shipped(given)
+        return given if is_name or not os.path.exists(given) else os.path.realpath(given)
+
+    places = {name: place(settings.get(name)) for name in ("init", "adapters")}
+    return settings | places | {"data": [place(source) for source in settings["data"]]}
+
+
+def unfinished_run(last: Path, args: argparse.Namespace) -> weights.Checkpoint:
+    """The checkpoint to go on from, with its --steps and --minutes where args have none.
+
+    Raises InputError when it is none, or its run had other settings.
+    """
     loaded = weights.load(last)
     if loaded.training is None:
         raise InputError(f"{last} holds no training state to go on with")
-    for name, value in settings.items():
-        was = loaded.training["settings"].get(name)
-        if was != value:
+    settings = located(loaded.training["settings"])
+    if args.steps is None:
+        args.steps = settings.get("steps")
+    if args.minutes is None:
+        args.minutes = loaded.training.get("minutes")
+    for name, value in located(vars(args)).items():
+        was = settings.get(name)
+        if name not in MAY_DIFFER and was != value:
             raise InputError(f"the run in {last.parent} has {name} {was!r}, not {value!r}: it cannot go on so")
     return loaded
 
@@ -298,14 +346,38 @@ def draw_batch(
         [sample_windows(source, n, length + 1, rng) for source, n in zip(tokens, np.bincount(each), strict=False)]
     )
     n_lookahead = max(1, config.n_lookahead >> step % 3)
-    n_groups = 0 if args.stage == "base" else args.groups * config.n_lookahead // n_lookahead
-    n_groups = min(n_groups, length - n_lookahead)
+    n_groups = min(args.groups * config.n_lookahead // n_lookahead, length - n_lookahead)
+    n_groups = 0 if args.stage == "base" else n_groups
     return windows, losses.random_cuts(len(windows), length, n_groups, n_lookahead, rng), n_lookahead
 
 
 def window(config: GPTConfig, args: argparse.Namespace) -> int:
     """Tokens of a text in training."""
     return min(args.window or LONGEST_WINDOW, config.block_size)
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """A list that fills when Ctrl-C is pressed, a scheduler ends the run or a terminal closes.
+
+    A second Ctrl-C is a KeyboardInterrupt.
+    """
+    requests: list[int] = []
+
+    def on_signal(number: int, _) -> None:
+        if requests and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        requests.append(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup was asked for
+        numbers.append(signal.SIGHUP)
+    handlers = [signal.signal(number, on_signal) for number in numbers]
+    try:
+        yield requests
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 def whole_loss(
@@ -333,21 +405,20 @@ class Trainer:
         dtype = choose_dtype(args.dtype, device)
         self.autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.settings = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(args).items()
-            if name not in NOT_PART_OF_A_RUN
-        }
         self.share, rest = divmod(args.batch_size, world * args.accumulate)  # windows in one forward pass
         if rest:
             parts = f"{world} x {args.accumulate} equal parts"
             raise InputError(f"--batch-size {args.batch_size} cannot be split into {parts}")
         # A model of others that stays as it is need not be stored again with each checkpoint.
-        self.base = args.init if args.stage == "lookahead" and args.init and is_pretrained(args.init) else None
+        pretrained = args.stage == "lookahead" and args.init and is_pretrained(args.init)
+        self.base = located(vars(args))["init"] if pretrained else None
         self.last = args.out / "last.pt"
         if os.path.exists(self.last) and not args.resume:  # False where Path.exists raises: a name that is too long
             raise InputError(f"{args.out} already holds a run: go on with --resume, or name another folder with --out")
-        loaded = unfinished_run(self.last, self.settings) if args.resume else None
+        loaded = unfinished_run(self.last, args) if args.resume else None
+        if args.steps is None and args.minutes is None:
+            args.minutes = MINUTES
+        self.settings = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
         self._prepare(loaded)
         self.optimizers = make_optimizers(self.model, args.stage, args.lr)
         self.step, self.seconds, self.history = 0, 0.0, []
@@ -356,6 +427,8 @@ class Trainer:
             self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
+            if state.get("scaler"):  # that of another number type is empty
+                self.scaler.load_state_dict(state["scaler"])
         else:
             self.save()  # now: a folder that cannot be written is known before hours are spent
 
@@ -366,7 +439,9 @@ class Trainer:
         if SELF in sources and (len(sources) == 1 or not args.init):
             raise InputError("--data self needs a model to write, --init, and another source that its texts begin with")
         files = [[args.out / f"{part}-{i}.tokens" for part in ("train", "heldout")] for i in range(len(sources))]
-        encoded = loaded and all(os.path.exists(file) for file in (*joined(*files),))
+        found = digest_of(joined(*files))
+        was = loaded.training.get("corpus", found) if loaded else None  # older runs do not say
+        encoded = loaded and found is not None and found == was
         parts = [] if encoded else [split_documents(find_documents(each)) for each in sources if each != SELF]
         if loaded:
             self.parents = loaded.training["parents"]
@@ -378,7 +453,7 @@ class Trainer:
         if args.stage != "base" and config.n_lookahead == 0:
             raise InputError(f"--stage {args.stage} needs look-ahead tokens, but n_lookahead is 0")
         length = window(config, args)
-        if length - config.n_lookahead < args.groups:
+        if args.stage != "base" and length - config.n_lookahead < args.groups:
             raise InputError(f"--groups {args.groups} does not fit into a window of {length}")
         for pair in zip(parts, files, strict=False):
             for documents, file in zip(*pair, strict=True):
@@ -390,36 +465,55 @@ class Trainer:
             cut = round(len(own) * (1 - HELDOUT_FRACTION))
             for tokens, file in zip((own[:cut], own[cut:]), files[-1], strict=True):
                 save_tokens(tokens, self.encoding, file)
+        self.corpus = digest_of(joined(*files))
+        if was not in (None, self.corpus):
+            raise InputError(f"--data has another text than when the run in {args.out} began: it cannot go on so")
         self.train_tokens, heldout = (
             [open_tokens(file, self.encoding) for file in part] for part in zip(*files, strict=True)
         )
         n_windows = max(1, args.eval_windows // len(sources))
+        for part, several in {"training": self.train_tokens, "held-out": heldout}.items():
+            for source, tokens in zip(sources, several, strict=True):
+                check_length(tokens, length + 1, f"the {part} part of {source}")
         self.windows = torch.cat([even_windows(tokens, n_windows, length + 1) for tokens in heldout])
-        for tokens in self.train_tokens:
-            sample_windows(tokens, 1, length + 1, np.random.default_rng(0))  # long enough?
 
     def record(self) -> dict:
         """What a checkpoint says of its training."""
-        figures = {key: value for key, value in self.history[-1].items() if key != "loss"} if self.history else {}
+        last = self.history[-1] if self.history else {}
+        figures = {key: value for key, value in last.items() if key not in ("loss", "kind")}
         so_far = {"step": self.step, "seconds": round(self.seconds), "parents": self.parents}
         return self.settings | so_far | {"threads": torch.get_num_threads()} | figures
 
     def save(self) -> None:
-        """Writes last.pt, log.jsonl and loss.png; only the first process does."""
+        """Writes last.pt, log.jsonl and loss.png; only the first process does. Raises InputError as `fail` does."""
+        if not all(value.isfinite().all() for value in self.model.parameters()):
+            self.fail()
         if self.rank:
             return
-        training = {name: getattr(self, name) for name in ("settings", "step", "seconds", "history", "parents")}
+        names = ("step", "seconds", "history", "parents", "corpus")
+        training = {name: getattr(self, name) for name in names} | {"minutes": self.args.minutes}
+        training["settings"] = located(self.settings)  # so that it goes on from any folder
+        training["scaler"] = self.scaler.state_dict()
         training["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         weights.save(self.last, self.model, self.encoding, self.record(), training=training, base=self.base)
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
         atomic_write(self.args.out / "log.jsonl", lambda path: path.write_text(lines))
         draw_curves(self.args.out, self.history)
 
+    def fail(self) -> None:
+        """What was saved stays. Raises InputError, but one process speaks for all."""
+        if self.rank:
+            sys.exit(2)
+        raise InputError(
+            f"loss or weights are not finite any more after step {self.step}: begin anew with a lower --lr; "
+            f"{self.last} is still as it was saved before"
+        )
+
     def progress(self) -> float:
         """Share of the run that is done: of its steps or of its minutes, whichever is further."""
         args = self.args
         by_steps = self.step / args.steps if args.steps else 0.0
-        return max(by_steps, self.seconds / (60 * args.minutes) if args.minutes else 0.0)
+        return min(1.0, max(by_steps, self.seconds / (60 * args.minutes) if args.minutes else 0.0))
 
     def mean(self, *values: float) -> list[float]:
         """Means over the processes, each of which has its own values."""
@@ -428,17 +522,12 @@ class Trainer:
             dist.all_reduce(shared)
         return (shared / self.world).tolist()
 
-    def train(self) -> bool:
-        """Takes steps until the run is done or Ctrl-C is pressed, and saves; returns whether it is done."""
-        interrupted, args = False, self.args
+    def train(self, requests: list[int]) -> None:
+        """Takes steps until the run is done or there are requests to stop, and saves.
 
-        def on_interrupt(*_):
-            nonlocal interrupted
-            if interrupted:
-                raise KeyboardInterrupt
-            interrupted = True  # the step in hand is finished first: what is saved is a whole step
-
-        signal.signal(signal.SIGINT, on_interrupt)
+        Raises InputError when loss or weights are not finite any more.
+        """
+        args = self.args
         network = TrainingPass(self.model, frozen=args.stage == "lookahead")
         if args.checkpoint_activations:
             for block in self.model.h:
@@ -446,39 +535,50 @@ class Trainer:
         if self.world > 1:
             network = DistributedDataParallel(network)
         bar = tqdm(
-            total=args.steps, initial=self.step, unit="step", desc=args.stage, dynamic_ncols=True, disable=self.rank > 0
+            total=args.steps,
+            initial=self.step,
+            unit="step",
+            desc=args.stage,
+            dynamic_ncols=True,
+            disable=self.rank > 0,
+            delay=1e-9,  # nothing is shown before the first step: see heedless
         )
         began = time.monotonic()
-        while True:
-            self.seconds, stop = self.mean(self.seconds, interrupted)  # the processes must agree when to end
-            if self.progress() >= 1 or stop:
-                break
-            loss = self.take_step(network)
-            self.seconds += time.monotonic() - began
-            began = time.monotonic()
-            entry = {"step": self.step, "loss": self.mean(loss)[0]}
-            if self.rank:
-                continue  # one process validates, writes and prints
-            if self.step % args.eval_every == 0 or self.progress() >= 1:
-                entry |= self.validate()
-                accepted = " ".join(f"{value:.2f}" for value in entry["acceptance"])
-                bar.write(f"step {self.step}: held-out loss {entry['heldout_loss']:.3f}, acceptance {accepted}")
-            self.history.append(entry)
-            if self.step % args.save_every == 0:
-                self.save()
-            rate = args.batch_size * window(self.model.config, args) * (bar.format_dict["rate"] or 0.0)
-            left = "" if args.steps else f", {max(0.0, args.minutes - self.seconds / 60):.1f} minutes left"
-            bar.set_postfix_str(f"loss {entry['loss']:.3f}, {rate:,.0f} tokens/s{left}", refresh=False)
-            bar.update()
-        bar.close()
-        self.save()
-        return not stop
+        try:
+            while True:
+                self.seconds, stop = self.mean(self.seconds, bool(requests))  # the processes must agree when to end
+                before = self.progress()
+                if before >= 1 or stop:  # what is saved is a whole step
+                    break
+                kind = args.loss if args.loss != "kl-tv" else ("kl" if before < 0.75 else "tv")
+                (loss,) = self.mean(self.take_step(network, kind))
+                self.seconds += time.monotonic() - began
+                began = time.monotonic()
+                entry = {"step": self.step, "loss": loss, "kind": kind}
+                due = self.step % args.eval_every == 0 or int(VALIDATIONS * before) < int(VALIDATIONS * self.progress())
+                if due and math.isfinite(loss) and self.rank == 0:  # one process validates, writes and prints
+                    entry |= self.validate()
+                if not all(map(math.isfinite, (loss, entry.get("heldout_loss", 0.0), *entry.get("acceptance", ())))):
+                    self.fail()
+                self.history.append(entry)
+                if self.step % args.save_every == 0:
+                    self.save()
+                with heedless():
+                    if "heldout_loss" in entry:
+                        bar.write(described(entry))
+                    rate = args.batch_size * window(self.model.config, args) * (bar.format_dict["rate"] or 0.0)
+                    left = "" if args.steps else f", {max(0.0, args.minutes - self.seconds / 60):.1f} minutes left"
+                    bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s{left}", refresh=False)
+                    bar.update()
+            self.save()
+        finally:
+            with heedless():
+                bar.close()
 
-    def take_step(self, network: torch.nn.Module) -> float:
+    def take_step(self, network: torch.nn.Module, kind: str) -> float:
         """One optimiser step on this process's share of the batch; returns that share's loss."""
         args, optimizers = self.args, self.optimizers
         batch, cuts, n_lookahead = draw_batch(self.train_tokens, self.model.config, args, self.step)
-        kind = args.loss if args.loss != "kl-tv" else ("kl" if self.progress() < 0.75 else "tv")
         step_loss = torch.zeros((), device=self.device)
         for part in range(args.accumulate):
             first = (self.rank * args.accumulate + part) * self.share
@@ -522,23 +622,28 @@ def main() -> None:
     trainer = Trainer(args, device, rank, world)
     if world > 1 and rank == 0:
         dist.barrier()
-    done = trainer.train()
+    finished = trainer.progress() >= 1  # before, and now it was asked to go on
+    if not finished:
+        with stop_requests() as requests:
+            trainer.train(requests)
     if world > 1:
         dist.destroy_process_group()
     if rank:
         return
-    if not done:
+    if trainer.progress() < 1:
         print(f"stopped after step {trainer.step}; the same command with --resume continues")
         return
+    result = args.out / ("adapters.safetensors" if trainer.base else "model.pt")
+    model = f"{trainer.base} --adapters {result}" if trainer.base else result
+    if finished and os.path.isfile(result):
+        longer = f"{'more --minutes, or ' if args.minutes else ''}--init {model} and another --out"
+        print(f"the run in {args.out} is finished, after step {trainer.step}; to train longer: {longer}")
+        return
     if trainer.base:
-        result = args.out / "adapters.safetensors"
         weights.save_adapters(trainer.model, result, trainer.record(), dtype=torch.bfloat16)
-        use = f"--checkpoint {trainer.base} --adapters {result}"
     else:
-        result = args.out / "model.pt"
         weights.save(result, trainer.model, trainer.encoding, trainer.record(), dtype=torch.bfloat16)
-        use = f"--checkpoint {result}"
-    print(f"wrote {result}, log.jsonl and loss.png; try: python sample.py {use} --pass")
+    print(f"wrote {result}, log.jsonl and loss.png; try: python sample.py --checkpoint {model} --pass")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,8 @@ def find_documents(source: str | Path) -> list[Document | FileDocument]:
         if not documents:
             raise InputError(f'the folder "{path}" holds 0 UTF-8 text files, but at least 1 is needed.')
         return documents
+    if os.path.exists(source) and not os.path.isfile(source):
+        raise InputError(f'"{source}" is a device or pipe, but a corpus is read more than once: give a file or folder.')
     if not os.path.isfile(source):
         names = ", ".join(f'"{name}"' for name in BUILT_IN)
         raise InputError(f'there is no file or folder "{source}": give the path of one, or one of {names}.')
@@ -228,14 +230,28 @@ def open_tokens(path: Path, encoding: tiktoken.Encoding) -> np.ndarray:
     return np.memmap(path, _token_dtype(encoding), mode="r")
 
 
-def _check_length(tokens: np.ndarray, length: int) -> None:
+def digest_of(files: Iterable[Path]) -> str | None:
+    """A number that tells the content of these files from any other; None where one is missing."""
+    digest = hashlib.sha256()
+    for path in files:
+        if not os.path.isfile(path):
+            return None
+        digest.update(f"{path.stat().st_size} ".encode())
+        with open(path, "rb") as file:
+            for block in iter(lambda file=file: file.read(2**20), b""):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def check_length(tokens: np.ndarray, length: int, name: str = "the text") -> None:
+    """Raises InputError if tokens (N,), which are of what is named, are too few for a window of that length."""
     if len(tokens) < length:
-        raise InputError(f"the text has {len(tokens)} tokens, but one window takes {length}: give more text.")
+        raise InputError(f"{name} has {len(tokens)} tokens, but one window takes {length}: give more text.")
 
 
 def sample_windows(tokens: np.ndarray, batch_size: int, length: int, rng: np.random.Generator) -> torch.Tensor:
     """Random windows of `tokens` (N,), as int64 (batch_size, length). Raises InputError if N < length."""
-    _check_length(tokens, length)
+    check_length(tokens, length)
     starts = rng.integers(0, len(tokens) - length + 1, size=(batch_size, 1))
     return torch.from_numpy(tokens[starts + np.arange(length)].astype(np.int64))
 
@@ -245,7 +261,7 @@ def even_windows(tokens: np.ndarray, count: int, length: int) -> torch.Tensor:
 
     Fewer than `count` come back where no more fit. Raises InputError if N < length.
     """
-    _check_length(tokens, length)
+    check_length(tokens, length)
     count = min(count, len(tokens) // length)
     starts = np.arange(count)[:, None] * (len(tokens) - length) // max(count - 1, 1)
     return torch.from_numpy(tokens[starts + np.arange(length)].astype(np.int64))

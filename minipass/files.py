@@ -1,6 +1,7 @@
 """Reading and writing files: what goes wrong with one is an InputError, a sentence that names it."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,16 +34,39 @@ def read(file: Path, reader: Callable[[Path], Any], missing: str = "") -> Any:
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls write(temporary path) and renames the result to `path`; on any failure `path` is as it was.
 
-    Raises InputError when the folder or the disk does not take the file.
+    A link stays one: what it leads to is written. Raises InputError for a place that is no regular file, such as a
+    folder, device or pipe, and when the folder or the disk does not take the file.
     """
-    if not path.name:
-        raise InputError(f"cannot write {path}: it is a folder")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if os.path.exists(path) and not os.path.isfile(path):  # both False, not an error, for a name that is too long
+        raise InputError(f"cannot write {path}: it is a {'folder' if os.path.isdir(path) else 'device or pipe'}")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with explained(f"cannot write {path}", (OSError, RuntimeError)):  # torch reports a full disk as a RuntimeError
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(temporary)
-            os.replace(temporary, path)
+        with explained(f"cannot write {path}", (OSError, RuntimeError)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                write(temporary)
+            except RuntimeError:  # torch's for a disk that takes no more, in words of its own: ask again
+                with open(temporary, "ab") as file:
+                    file.write(bytes(2**20))
+                raise
+            with open(temporary, "r+b") as file:
+                os.fsync(file.fileno())  # before the name is given away: power may fail
+            os.replace(temporary, target)
     finally:
         if os.path.isfile(temporary):  # False, not an error, where the folder itself is none
             temporary.unlink()
+
+
+@contextmanager
+def heedless() -> Iterator[None]:
+    """For output within long work, which goes on in silence when nobody reads any more, as after a `tee` has died."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -111,15 +111,17 @@ def lookahead_loss(
 
 @torch.no_grad()
 def evaluate(model: GPT, windows: torch.Tensor, *, n_groups: int = 8, batch_size: int = 16) -> dict:
-    """Teacher-forced figures on windows (N, T + 1) of held-out text, always from the same cuts.
+    """Teacher-forced figures on windows (N, T + 1) of held-out text, always from the same cuts, as many as fit.
 
     Returns `loss`, nats per token of plain next-token prediction, and by look-ahead position (lists of L)
     `acceptance`, the expected acceptance sum(min(p, q)) = 1 - TV(p, q) at temperature 1; `match`, how often the
     most likely draft is the model's most likely token; and `rank_accuracy`, (L, N_RANKS), how often that token is the
-    draft of each rank, counted where it was one of them at all positions before, as on a path of a tree.
+    draft of each rank, counted where it was one of them at all positions before, as on a path of a tree. Beside these
+    `constant_acceptance`, that of the mean q as p: what a drafter has who knows nothing of the text before.
     """
     n_lookahead, rng = model.config.n_lookahead, np.random.default_rng(0)
-    losses, acceptance, right = [], [], []
+    n_groups = max(0, min(n_groups, windows.shape[1] - 1 - n_lookahead))
+    losses, acceptance, right, first = [], [], [], []
     for batch in windows.split(batch_size):
         text, targets = batch[:, :-1].to(model.device), batch[:, 1:].to(model.device)
         cuts = random_cuts(len(text), text.shape[1], n_groups, n_lookahead, rng)
@@ -129,6 +131,7 @@ def evaluate(model: GPT, windows: torch.Tensor, *, n_groups: int = 8, batch_size
             q_logits = rows_after_cuts(text_logits, cuts, n_lookahead)
             p, q = draft_logits.float().softmax(-1), q_logits.float().softmax(-1)
             acceptance.append(torch.minimum(p, q).sum(-1).flatten(0, 1))
+            first.append(q[:, :, 0].flatten(0, 1))  # (B * G, V): the others' mean is the same
             ranked = draft_logits.topk(min(N_RANKS, p.shape[-1])).indices  # (B, G, L, N_RANKS)
             right.append((ranked == q_logits.argmax(-1, keepdim=True)).flatten(0, 1))  # (B * G, L, N_RANKS)
     figures = {"loss": torch.stack(losses).mean().item(), "acceptance": [], "match": [], "rank_accuracy": []}
@@ -136,6 +139,8 @@ def evaluate(model: GPT, windows: torch.Tensor, *, n_groups: int = 8, batch_size
         right = torch.cat(right).double()  # (N, L, N_RANKS)
         reached = F.pad(right.sum(-1).cumprod(1), (1, -1), value=1.0)[..., None]  # (N, L, 1): all before were right
         figures["acceptance"] = torch.cat(acceptance).mean(0).tolist()
+        q = torch.cat(first)
+        figures["constant_acceptance"] = torch.minimum(q.mean(0), q).sum(-1).mean().item()
         figures["match"] = right[..., 0].mean(0).tolist()
         figures["rank_accuracy"] = ((right * reached).sum(0) / reached.sum(0).clamp(min=1)).tolist()
     return figures

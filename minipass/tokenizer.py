@@ -9,7 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import pairwise
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -47,13 +47,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> list[Pair]:
     piece_counts: Counter[str] = Counter()
     for text in tqdm(texts, desc="counting pieces", disable=None, leave=False):
         piece_counts.update(split.findall(text))
-    pieces = [list(piece.encode("utf-8", "replace")) for piece in piece_counts]
+    # One character for each token: 80 KB of unbroken text are one piece, where only str is quick to find a pair.
+    pieces = [piece.encode("utf-8", "replace").decode("latin-1") for piece in piece_counts]
     frequencies = list(piece_counts.values())
 
-    pair_counts: Counter[Pair] = Counter()
-    holders: defaultdict[Pair, set[int]] = defaultdict(set)  # the pieces that hold a pair, or once held it
+    pair_counts: Counter[str] = Counter()
+    holders: defaultdict[str, set[int]] = defaultdict(set)  # the pieces that hold a pair, or once held it
     for index, piece in enumerate(pieces):
-        for pair in pairwise(piece):
+        for pair in map(add, piece, piece[1:]):
             pair_counts[pair] += frequencies[index]
             holders[pair].add(index)
     heap = [(-count, pair) for pair, count in pair_counts.items()]
@@ -70,44 +71,31 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> list[Pair]:
             if count > 0:
                 heapq.heappush(heap, (-count, pair))
             continue
-        joined = token_bytes[pair[0]] + token_bytes[pair[1]]
+        left, right = pair
+        joined = token_bytes[ord(left)] + token_bytes[ord(right)]
         if joined in known:  # "a" + "aa" after "aa" + "a": tiktoken knows tokens by their bytes, so one is enough
             continue
-        new_id = 256 + len(merges)
-        merges.append(pair)
+        new = chr(len(token_bytes))
+        merges.append((ord(left), ord(right)))
         token_bytes.append(joined)
         known.add(joined)
-        born: set[Pair] = set()
+        born: set[str] = set()
         for index in holders.pop(pair):
-            old, frequency = pieces[index], frequencies[index]
-            new = _merge(old, pair, new_id)
-            for gone in pairwise(old):
+            parts, frequency = pieces[index].split(pair), frequencies[index]
+            pieces[index] = new.join(parts)
+            changes = [(right + part[0], new + part[0]) for part in parts[1:] if part]
+            changes += [(part[-1] + left, part[-1] + new) for part in parts[:-1] if part]
+            changes += [(right + left, new + new)] * parts[1:-1].count("")
+            for gone, come in changes:
                 pair_counts[gone] -= frequency
-            for kept in pairwise(new):
-                pair_counts[kept] += frequency
-                if new_id in kept:
-                    holders[kept].add(index)
-                    born.add(kept)
-            pieces[index] = new
+                pair_counts[come] += frequency
+                holders[come].add(index)
+                born.add(come)
         for fresh in born:
             heapq.heappush(heap, (-pair_counts[fresh], fresh))
         progress.update()
     progress.close()
     return merges
-
-
-def _merge(piece: list[int], pair: Pair, new_id: int) -> list[int]:
-    """The piece with each occurrence of `pair`, from left to right, replaced by `new_id`."""
-    merged: list[int] = []
-    position = 0
-    while position < len(piece):
-        if piece[position] == pair[0] and piece[position + 1 : position + 2] == [pair[1]]:
-            merged.append(new_id)
-            position += 2
-        else:
-            merged.append(piece[position])
-            position += 1
-    return merged
 
 
 def build_encoding(merges: Iterable[Pair], name: str = "minipass") -> tiktoken.Encoding:

@@ -248,6 +248,9 @@ def test_no_documents_are_no_tokens_and_large_ids_get_a_larger_type():
         def encode_single_token(self, name):
             return 2**16
 
+        def token_byte_values(self):
+            return [bytes([byte]) for byte in range(256)]
+
         def encode_to_numpy(self, text, disallowed_special):
             return np.zeros(len(text), np.uint32)
 

@@ -1,6 +1,7 @@
 """The tokenizer: what goes in comes back unchanged, and merges are learned as one would by hand."""
 
 import random
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -117,6 +118,14 @@ def test_incremental_counts_agree_with_counting_afresh():
                 if piece[position : position + 2] == [left, right]:
                     piece[position : position + 2] = [new_id]
                 position += 1
+
+
+def test_unbroken_text_is_learned_in_seconds():
+    rng = random.Random(0)
+    genome = "".join(rng.choice("ACGT") for _ in range(80_000))  # one piece
+    began = time.process_time()
+    assert len(train_bpe([genome], 757)) == 500
+    assert time.process_time() - began < 8, "a second; 15 where each merge goes through the whole piece"
 
 
 def test_training_is_deterministic_and_does_not_depend_on_the_order_of_texts():
