@@ -142,7 +142,7 @@ SHORT = ["--max-new-tokens", "12", "--dtype", "float64", "--device", "cpu"]
 def answer_to(folder: Path, messages: list[dict[str, str]]) -> str:
     """The greedy one, without a cache from before."""
     loaded = weights.load(folder, dtype=torch.float64)
-    prompt = encode_chat(loaded.encoding, loaded.chat_template, messages)
+    prompt = encode_chat(loaded.encoding, loaded.chat_template, [says("", "system"), *messages])
     result = Engine(loaded.model, Plain(), GREEDY).generate(prompt, 12, stop_token=(0, 2))
     return loaded.encoding.decode([token for token in result.tokens[0] if token not in (0, 2)])
 
@@ -187,8 +187,8 @@ def test_a_conversation_forgets_the_oldest_when_the_window_is_full(folder, call,
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--chat", "Hi", "--prompt", "x"], "--chat and --prompt exclude each other"),
-        (["--chat", "--prompt", "x"], "--chat and --prompt exclude each other"),
+        (["--chat", "Hi", "--prompt", "x"], "--chat and a prompt exclude each other"),
+        (["--chat", "--prompt", "x"], "--chat and a prompt exclude each other"),
         (["--chat", "--json"], "a conversation goes with none of --compare, --json and --trace"),
         (["--chat", "--compare"], "a conversation goes with none of"),
         (["--chat", "--trace", "x.html"], "a conversation goes with none of"),

@@ -16,7 +16,7 @@ import pytest
 from minipass.decode import Decoder, TwoPass, fused
 from minipass.errors import InputError
 from minipass.extras import course
-from minipass.extras.course import test_exercises as graders
+from minipass.extras.course.grade import graders_of, points
 from minipass.extras.course.grading import EXERCISES, placeholder
 from minipass.layout import tree, with_groups
 from minipass.losses import lookahead_loss, rows_after_cuts
@@ -25,16 +25,6 @@ from minipass.sampling import Sampling, reject, uniform
 from minipass.trees import accept
 
 ROOT = Path(__file__).parents[1]
-
-
-def graders_of(number: int) -> list:
-    """The grader functions of one exercise."""
-    marked = [(function, getattr(function, "pytestmark", ())) for function in vars(graders).values()]
-    return [function for function, marks in marked if any(mark.name == f"exercise_{number}" for mark in marks)]
-
-
-def points(grader) -> int:
-    return grader.pytestmark[0].args[0]
 
 
 # The handout.
@@ -75,7 +65,7 @@ def test_a_handout_is_the_package_but_for_the_bodies_of_the_exercises(folder):
 
 def test_a_handout_holds_graders_and_sheet_but_no_solution_and_no_model(folder):
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert {"ASSIGNMENT.md", "pyproject.toml", "tests/conftest.py", "tests/test_exercises.py", "bench.py"} <= files
+    assert {"ASSIGNMENT.md", "pyproject.toml", "tests/conftest.py", "submit.py", "bench.py"} <= files
     assert not [name for name in files if name.endswith(".pt") or name.startswith("minipass/extras/course")]
 
 
@@ -96,6 +86,19 @@ def test_the_projects_own_tests_know_the_markers_of_a_handout(folder):
     for place in (ROOT, folder):
         markers = re.findall(r'^    "exercise_(\d): (.*)",$', (place / "pyproject.toml").read_text("utf-8"), re.M)
         assert markers == [(str(number), exercise.title) for number, exercise in EXERCISES.items()]
+
+
+def test_the_key_holds_each_solution_and_the_points_that_teachers_give(tmp_path):
+    course.write_key(tmp_path / "key")
+    for number, exercise in EXERCISES.items():
+        for file, name in exercise.functions:
+            (node,) = ast.parse((tmp_path / "key" / f"exercise_{number}" / f"{name}.py").read_text("utf-8")).body
+            real = course.functions(ast.parse((course.PACKAGE / file).read_text("utf-8")))[name]
+            assert list(map(ast.unparse, node.body[1:])) == list(map(ast.unparse, real.body[1:]))  # past a docstring
+    teacher = (tmp_path / "key" / "TEACHER.md").read_text("utf-8")
+    for number, exercise in EXERCISES.items():
+        assert f"| {number} {exercise.title} |" in teacher
+    assert f"{sum(exercise.points for exercise in EXERCISES.values())} of the 100 points" in teacher
 
 
 def test_a_folder_that_is_in_use_or_cannot_be_written_is_an_input_error(tmp_path):
@@ -180,10 +183,32 @@ def test_an_endless_loop_costs_points_of_its_exercise_and_those_that_need_it_say
     fill_in(tmp_path, but=(4,))
     plant(tmp_path / "minipass" / "sampling.py", placeholder(4, "Sampling.draw"), "while True: pass")
     plant(tmp_path / "minipass" / "sampling.py", placeholder(4, "uniform"), f"return key # {placeholder(4, 'uniform')}")
-    plant(tmp_path / "tests" / "conftest.py", "SECONDS = 120", "SECONDS = 1")
+    plant(tmp_path / "tests" / "conftest.py", "SECONDS = 60", "SECONDS = 1")
     _, out = grade(tmp_path, "-k", "test_the_greedy_rule or test_n_tokens or test_a_parent_must")
     assert out.count("-1: no result after 1 seconds: is there an endless loop?") == 2
     assert "It needs exercise 2, 4, 5, not seen to be right in this run: look there first" in out
+
+
+def test_a_syntax_error_costs_the_exercises_of_its_file_alone(tmp_path):
+    course.write_handout(tmp_path)
+    fill_in(tmp_path, but=())
+    plant(tmp_path / "minipass" / "sampling.py", "def reject(", "def reject((")
+    results, out = grade(tmp_path, "-m", "exercise_2 or exercise_5 or exercise_6")
+    line = (tmp_path / "minipass" / "sampling.py").read_text("utf-8").split("def reject")[0].count("\n") + 1
+    assert {results[grader.__name__] for grader in graders_of(2)} == {"passed"}
+    for grader in graders_of(5):
+        assert f"sampling.py, line {line}: '(' was never closed" in results[grader.__name__]
+    assert out.count("  sampling.py, line") == 1, "said once, in its exercise"
+    for grader in graders_of(6):
+        assert results[grader.__name__] == "skipped: needs exercise 4, 5"
+
+
+def test_a_placeholder_that_is_left_as_a_comment_is_none(tmp_path):
+    course.write_handout(tmp_path)
+    fill_in(tmp_path, but=())
+    plant(tmp_path / "minipass" / "layout.py", "def tree(", f"# {placeholder(2, 'tree')}\ndef tree(")
+    results, _ = grade(tmp_path, "-m", "exercise_9")
+    assert set(results.values()) == {"passed"}
 
 
 def needed(number: int) -> set[int]:
@@ -232,6 +257,36 @@ MISTAKES = {
         "probs.where(probs >= probs.where(likelier < self.top_p, 1.0).amin(-1, keepdim=True), 0.0)",
     ),
     "not normalised": (1, Sampling.distribution, "probs / probs.sum(-1, keepdim=True)", "probs"),
+    "logits shifted in place": (
+        1, Sampling.distribution, "logits = logits.double()",
+        "logits.sub_(logits.amax(-1, keepdim=True)); logits = logits.double()",
+    ),
+    "greedy marks in the logits": (
+        1, Sampling.distribution, "if self.temperature == 0:",
+        "if self.temperature == 0 and logits.neg_() is not None:",
+    ),
+    "only top-p comes sorted": (
+        1, Sampling.distribution, "probs = probs / probs.sum(-1, keepdim=True)",
+        "probs = probs / probs.sum(-1, keepdim=True); tokens = torch.arange(probs.shape[-1]).expand(probs.shape)",
+    ),
+    "top-p of all rows together": (
+        1, Sampling.distribution, "likelier < self.top_p", "(likelier < self.top_p).all(0, keepdim=True)",
+    ),
+    "top-p of at least two": (1, Sampling.distribution, "likelier < self.top_p", "likelier < max(self.top_p, 0.3)"),
+    "top-p of what top-k left, not made to sum to 1": (
+        1, Sampling.distribution, "probs = logits.softmax(-1)",
+        "probs = logits.softmax(-1) * (0.5 if self.top_k else 1)",
+    ),
+    "float32": (1, Sampling.distribution, "logits.softmax(-1)", "logits.float().softmax(-1).double()"),
+    "parents below -1": (2, tree, "(parents < CACHE_END) | ", ""),
+    "parents of the first text checked": (2, tree, "parents >= np.arange", "parents[:1] >= np.arange"),
+    "siblings see each other": (
+        2, tree, "visible[batch, parents[:, row]]",
+        "visible[batch, parents[:, row]] | (np.arange(n_rows) < row) & (parents == parents[:, row:row + 1])",
+    ),
+    "all groups of full length": (
+        2, with_groups, "np.asarray(n_lookahead, dtype=np.int64)", "np.asarray(np.max(n_lookahead), dtype=np.int64)",
+    ),
     "position from 1": (2, tree, "visible.sum(-1) - 1", "visible.sum(-1)"),
     "parents not inherited": (2, tree, "visible[batch, parents[:, row]]", "visible[batch, parents[:, row]] & False"),
     "parents not checked": (2, tree, ".any()", ".all() and False"),
@@ -262,6 +317,13 @@ MISTAKES = {
         "for k in range(rows.shape[1]): self.pairs[:, self.batch[:, 0], self.length + k] = "
         "self.pairs[:, self.batch[:, 0], self.length + rows[:, k]]",
     ),
+    "pairs of the pass alone": (3, KVCache.store, "return self.pairs[layer]", "return pairs"),
+    "keys alone": (
+        3, KVCache.gather,
+        "self.slots(rows.shape[1])] = self.pairs[:, self.batch, self.length[:, None] + rows]",
+        "self.slots(rows.shape[1]), 0] = self.pairs[:, self.batch, self.length[:, None] + rows, 0]",
+    ),
+    "rows sorted": (3, KVCache.gather, "[:, None] + rows", "[:, None] + rows.sort(-1).values"),
     "sign kept": (4, uniform, "& 2 ** 53 - 1", "& -1"),
     "can be 0": (4, uniform, "bits | 1", "bits"),
     "can be 1": (4, uniform, "(bits | 1).double()", "(bits.double() + 1)"),
@@ -277,6 +339,15 @@ MISTAKES = {
     ),
     "the likeliest follow": (4, Sampling.draw, "speed.topk(n)", "given.probs.topk(n)"),
     "a generator's random numbers": (4, Sampling.draw, "uniform(key, given.tokens)", "torch.rand_like(given.probs)"),
+    "the same random numbers at each call": (
+        4, Sampling.draw, "uniform(key, given.tokens)",
+        "torch.rand(*key.shape, 10, generator=torch.Generator().manual_seed(0)).double().gather(-1, given.tokens)",
+    ),
+    "one key for all rows": (4, Sampling.draw, "uniform(key,", "uniform(key[:1].expand(key.shape),"),
+    "noise of the place in the batch": (4, Sampling.draw, "uniform(key,", "uniform(mix(key + torch.arange(len(key))),"),
+    "numbers of another row": (4, uniform, "(bits | 1)", "(bits.flip(0) | 1)"),
+    "random numbers of its own": (5, reject, "u * p_draft", "torch.rand_like(u) * p_draft"),
+    "tokens of q taken for the vocabulary": (5, reject, "p.gather(-1, q.tokens)", "p[..., :q.tokens.shape[-1]]"),
     "no residual": (5, reject, "(q.probs - p.gather(-1, q.tokens)).clamp(min=0)", "q.probs"),
     "absolute residual": (5, reject, ".clamp(min=0)", ".abs()"),
     "p and q swapped": (5, reject, "u * p_draft < q_draft", "u * q_draft < p_draft"),
@@ -309,8 +380,39 @@ MISTAKES = {
         "Distribution(q.tokens[:, siblings], left[:, siblings])",
     ),
     "q changed": (6, accept, "q.probs.clone()", "q.probs.contiguous()"),
+    "a test's number from a generator": (
+        6, accept, "uniform(keys[ACCEPTANCE][:, parents], tokens[..., None]).squeeze(-1)",
+        "torch.rand(tokens.shape, dtype=torch.float64)",
+    ),
+    "the same numbers at each test": (
+        6, accept, "uniform(keys[ACCEPTANCE][:, parents], tokens[..., None]).squeeze(-1)",
+        "torch.rand(tokens.shape, generator=torch.Generator().manual_seed(int(siblings[0])), dtype=torch.float64)",
+    ),
+    "the noise that drew the draft tests it": (6, accept, "keys[ACCEPTANCE]", "keys[1]"),
+    "the noise of a test draws": (6, accept, "keys[TARGET]", "keys[TARGET if drafts.p is None else ACCEPTANCE]"),
+    "tested by its own place": (6, accept, "keys[ACCEPTANCE][:, parents]", "keys[ACCEPTANCE][:, siblings]"),
+    "a later sibling accepted too": (6, accept, "fits & ~taken[:, parents]", "fits"),
+    "last node by the number accepted": (6, accept, "(accepted * nodes.number).amax(1)", "accepted.sum(1) - 1"),
+    "p used up": (6, accept, "drafts.p.clone()", "drafts.p"),
+    "a chain in place of the tree": (
+        7, Decoder.turn, "shape.on(",
+        "Shape(chain(min(len(shape.tree.parents), shape.n_lookahead)), shape.n_lookahead).on(",
+    ),
+    "groups complete": (7, Decoder.turn, "shape.on(", "Shape(DraftTree(shape.tree.parents), shape.n_lookahead).on("),
+    "children without their parents": (7, Decoder.turn, "(self.device, self.by_parent)", "(self.device)"),
+    "candidates not handed on": (
+        7, Decoder.turn, "logits[batch, group] if self.scores_candidates else logits[:, :0]", "logits[:, :0]",
+    ),
+    "candidates of the root": (7, Decoder.turn, "logits[batch, group] if", "logits[batch, group * 0] if"),
+    "rejection: noise of the root for all nodes": (
+        7, Decoder.turn, "keys[..., nodes.depth]",
+        "keys[..., nodes.depth if self.rule == COUPLED else nodes.depth * 0]",
+    ),
+    "noise by node": (7, Decoder.turn, "nodes.depth])", "nodes.number.clamp(max=keys.shape[-1] - 1)])"),
+    "length by node": (7, Decoder.turn, "(1 + n_accepted)", "(1 + last)"),
+    "length of the first text": (7, Decoder.turn, "(1 + n_accepted)", "(1 + n_accepted[:1])"),
     "targets of the rows after": (
-        7, Decoder.turn, "states[:, :rows.shape[1]]", "states.roll(-1, 1)[:, :rows.shape[1]]",
+        7, Decoder.turn, "distribution(logits[:, :n_real])", "distribution(logits.roll(-1, 1)[:, :n_real])",
     ),
     "group of the root": (7, Decoder.turn, "nodes.group_rows[last]", "nodes.group_rows[last * 0]"),
     "group by the number accepted": (7, Decoder.turn, "nodes.group_rows[last]", "nodes.group_rows[n_accepted]"),
@@ -338,12 +440,20 @@ MISTAKES = {
     "always the tree before": (8, fused, "ahead = depth", "ahead = max(ahead, depth)"),
     "trees taken before their turns": (8, fused, "in trees:", "in joined([next(trees), next(trees)], trees):"),
     "copies of the first turn": (8, fused, "if lookup else None", "if lookup and ahead == 0 else None"),
+    "groups left out": (8, fused, "Shape(tree.cut(ahead), depth)", "Shape(DraftTree(tree.cut(ahead).parents), depth)"),
+    "a chain of its own": (8, fused, "Shape(tree.cut(ahead), depth)", "Shape(chain(min(depth, ahead)), depth)"),
+    "copies not handed on": (8, fused, "depth), copied)", "depth), None)"),
     "cut itself": (9, rows_after_cuts, "[..., None] + 1 +", "[..., None] +"),
     "KL the wrong way": (9, lookahead_loss, "(log_q.exp() * (log_q - log_p))", "(log_p.exp() * (log_p - log_q))"),
     "one mean for all positions": (
         9, lookahead_loss, "squeeze(-1).mean((0, 1))", "squeeze(-1).mean().expand(n_lookahead)",
     ),
     "bfloat16 kept": (9, lookahead_loss, "draft_logits.float()", "draft_logits"),
+    "text's bfloat16 kept": (9, lookahead_loss, "cuts, n_lookahead).float()", "cuts, n_lookahead)"),
+    "look-ahead rows backwards": (9, rows_after_cuts, "torch.arange(n_lookahead)", "torch.arange(n_lookahead).flip(0)"),
+    "cuts of the first text": (9, rows_after_cuts, "torch.from_numpy(cuts)", "torch.from_numpy(cuts[:1] + 0 * cuts)"),
+    "the text's token after": (9, lookahead_loss, "rows_after_cuts(targets,", "rows_after_cuts(targets.roll(-1, 1),"),
+    "twice the total variation": (9, lookahead_loss, "TV_SCALE * 0.5", "TV_SCALE"),
     "target not detached": (9, lookahead_loss, "text_logits.detach()", "text_logits"),
 }  # fmt: skip
 

@@ -1,4 +1,6 @@
 """The course: `python -m minipass.extras.course FOLDER` writes a handout in which nine exercises are to be written.
+With `grade FOLDER...` it grades submissions (grade.py), `gradescope FOLDER` writes an autograder for Gradescope, `key
+FOLDER` solutions and rubrics, and `submit FOLDER` packs a submission, as a handout's submit.py does.
 
 A handout is this package with the bodies of the exercises' functions taken out, their graders, and ASSIGNMENT.md.
 grading.py lists these functions; they are found in the syntax tree, so the code carries no marks.
@@ -6,11 +8,14 @@ grading.py lists these functions; they are found in the syntax tree, so the code
 
 import argparse
 import ast
+import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
 from minipass.errors import InputError
 from minipass.extras.course.grading import EXERCISES, placeholder
+from minipass.extras.course.submit import submit
 
 COURSE = Path(__file__).parent
 PACKAGE = COURSE.parents[1]
@@ -26,11 +31,26 @@ markers = [
 
 
 def write_handout(folder: Path) -> None:
-    """Writes the handout. Raises InputError when `folder` has something in it or cannot be written."""
+    write_new(folder, handout())
+
+
+def write_key(folder: Path) -> None:
+    """Writes what is for teachers alone: the solutions, rubrics, hours, mistakes that are often made."""
+    files = {"TEACHER.md": (COURSE / "TEACHER.md").read_text("utf-8")}
+    for number, exercise in EXERCISES.items():
+        for file, name in exercise.functions:
+            source = (PACKAGE / file).read_text("utf-8")
+            code = ast.get_source_segment(source, functions(ast.parse(source))[name], padded=True)
+            files[f"exercise_{number}/{name}.py"] = f"# minipass/{file}\n{textwrap.dedent(code)}\n"
+    write_new(folder, files)
+
+
+def write_new(folder: Path, files: dict[str, str]) -> None:
+    """Writes files by their paths. Raises InputError when `folder` has something in it or cannot be written."""
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise InputError(f"{folder} is there already and not an empty folder; name a new one")
-        for name, text in handout().items():
+        for name, text in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, "utf-8")
     except OSError as error:
@@ -44,6 +64,9 @@ def handout(exercises: Iterable[int] = tuple(EXERCISES)) -> dict[str, str]:
     files = {path.relative_to(PACKAGE.parent).as_posix(): with_gaps(path, exercises) for path in sources}
     files |= {name: (PACKAGE.parent / name).read_text("utf-8") for name in SCRIPTS if (PACKAGE.parent / name).is_file()}
     files["tests/conftest.py"] = (COURSE / "grading.py").read_text("utf-8")
+    for file in {file for exercise in EXERCISES.values() for file, _ in exercise.functions}:
+        files[f"tests/blank/{file}"] = with_gaps(PACKAGE / file, EXERCISES)
+    files["submit.py"] = (COURSE / "submit.py").read_text("utf-8")
     files["tests/test_exercises.py"] = (COURSE / "test_exercises.py").read_text("utf-8")
     files["ASSIGNMENT.md"] = (COURSE / "ASSIGNMENT.md").read_text("utf-8")
     markers = (f'    "exercise_{number}: {exercise.title}",\n' for number, exercise in EXERCISES.items())
@@ -80,8 +103,26 @@ def functions(tree: ast.AST, prefix: str = "") -> dict[str, ast.FunctionDef]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m minipass.extras.course", description="Writes a course handout.")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty folder")
-    folder = parser.parse_args().folder
-    write_handout(folder)
-    print(f"wrote the handout into {folder}; begin with {folder / 'ASSIGNMENT.md'}")
+    command, *arguments = sys.argv[1:] or [""]
+    if command == "grade":
+        from minipass.extras.course import grade  # needs pytest, as writing a handout does not
+
+        grade.main(arguments)
+    elif command == "gradescope" and arguments:
+        from minipass.extras.course.gradescope import write_autograder
+
+        print(f"wrote {write_autograder(Path(arguments[0]))}")
+    elif command == "key" and arguments:
+        write_key(Path(arguments[0]))
+        print(f"wrote solutions and rubrics into {arguments[0]}; begin with TEACHER.md")
+    elif command == "submit":
+        print("\n".join(submit(Path(*arguments[:1]))))
+    else:
+        parser = argparse.ArgumentParser(
+            prog="python -m minipass.extras.course",
+            description="Writes a handout. Others: grade --help, gradescope FOLDER, key FOLDER, submit FOLDER.",
+        )
+        parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty folder")
+        folder = parser.parse_args().folder
+        write_handout(folder)
+        print(f"wrote the handout into {folder}; begin with {folder / 'ASSIGNMENT.md'}")

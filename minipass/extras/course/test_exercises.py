@@ -1,13 +1,16 @@
 """The graders of the exercises, easy to hard. Each message says what is wrong and what to look at, not how to do it.
 
 What is expected never comes from a function that is to be written: slow references compute it here, row by row.
+Texts, models and noise come from SEED, which a teacher's grading changes: answers known by heart are of no use.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain as in_turn
 from itertools import islice, product, repeat
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,7 +20,18 @@ from minipass.decode import Decoder, Engine, Method, TwoPass, fused
 from minipass.layout import CACHE_END, Layout, tree, with_groups
 from minipass.losses import TV_SCALE, lookahead_loss, rows_after_cuts, training_pass
 from minipass.model import GPT, GPTConfig, KVCache
-from minipass.sampling import COUPLED, REJECTION, TARGET, Distribution, Sampling, reject, uniform
+from minipass.sampling import (
+    ACCEPTANCE,
+    COUPLED,
+    REJECTION,
+    TARGET,
+    Distribution,
+    Sampling,
+    mix,
+    reject,
+    stream_keys,
+    uniform,
+)
 from minipass.texts import Texts, Turn
 from minipass.trees import Drafts, DraftTree, Shape, accept, chain
 
@@ -25,25 +39,31 @@ exercise_1, exercise_2, exercise_3, exercise_4, exercise_5, exercise_6, exercise
     getattr(pytest.mark, f"exercise_{number}") for number in range(1, 10)
 )
 
+SEED = 0
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(1000 * SEED + seed)
+
 
 @lru_cache
-def tiny_model(vocab_size: int = 7) -> GPT:
+def tiny_model(vocab_size: int = 7, n_draft: int = 0) -> GPT:
     """A random float64 model with weights so large that its drafts are often accepted and often not."""
-    model = GPT(GPTConfig(vocab_size, block_size=48, n_layer=2, n_head=2, n_embd=8, n_lookahead=3)).double()
-    generator = torch.Generator().manual_seed(1)
+    model = GPT(GPTConfig(vocab_size, 48, n_layer=2, n_head=2, n_embd=8, n_lookahead=3, n_draft=n_draft)).double()
+    numbers = generator(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(generator=generator)
+            parameter.normal_(generator=numbers)
     return model.eval()
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     """Numbers in [0, 1), float64."""
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.rand(shape, generator=generator(seed), dtype=torch.float64)
 
 
 def random_keys(*shape: int) -> torch.Tensor:
-    return torch.randint(-(2**63), 2**63 - 1, shape, generator=torch.Generator().manual_seed(0))
+    return torch.randint(-(2**63), 2**63 - 1, shape, generator=generator())
 
 
 def shuffled(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -66,14 +86,30 @@ def like(counts: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def probabilities(logits: torch.Tensor, **settings) -> torch.Tensor:
     """What Sampling(..).distribution gives, of all tokens."""
+    before = logits.clone()
     given = Sampling(**{"temperature": 1.0} | settings).distribution(logits)
+    assert torch.equal(logits, before), "the logits that were given should not change"
     assert given.tokens.shape == given.probs.shape, "tokens and probs should have the same shape (..., K)"
     return given.dense(logits.shape[-1])
 
 
+def slow_probabilities(
+    logits: Sequence[float], temperature: float, top_k: int | None, top_p: float | None
+) -> list[float]:
+    """One row, token by token; no two logits are the same."""
+    weights = [math.exp((each - max(logits)) / temperature) for each in logits]
+    likeliest = sorted(range(len(logits)), key=lambda token: -logits[token])[:top_k]
+    kept, total = [], sum(weights[token] for token in likeliest)
+    for token in likeliest:
+        if top_p is None or sum(weights[other] for other in kept) / total < top_p:
+            kept.append(token)
+    total = sum(weights[token] for token in kept)
+    return [weights[token] / total if token in kept else 0.0 for token in range(len(logits))]
+
+
 @exercise_1(1)
 def test_temperature_divides_the_logits():
-    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(2, 3, 5, generator=generator())
     for temperature in (0.5, 1.0, 2.0):
         expected = (logits.double() / temperature).softmax(-1)
         result = probabilities(logits, temperature=temperature)
@@ -95,12 +131,10 @@ def test_temperature_0_is_greedy():
 
 
 @exercise_1(1)
-def test_a_tiny_temperature_gives_no_nan_and_logits_stay_as_they_are():
+def test_a_tiny_temperature_gives_no_nan():
     logits = torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)
     probs = probabilities(logits, temperature=1e-309)
     assert probs.tolist() == [0, 1, 0], "logits / 1e-309 overflows: inf - inf is NaN. Make the largest logit 0 first"
-    probabilities(logits, temperature=0.5, top_k=2, top_p=0.5)
-    assert logits.tolist() == [1, 3, 2], "the logits that were given should not change"
 
 
 @exercise_1(2)
@@ -124,12 +158,17 @@ def test_top_p_leaves_the_fewest_tokens_that_reach_p():
     probs = torch.tensor([0.15, 0.5, 0.05, 0.3])
     for top_p, n_left in ((0.1, 1), (0.45, 1), (0.55, 2), (0.75, 2), (0.85, 3), (1.0, 4)):
         result = probabilities(probs.log(), top_p=top_p)
-        assert (result > 0).sum() == n_left, f"top-p {top_p} of {probs.tolist()} should leave {n_left} tokens"
-        expected = torch.where(result > 0, probs, 0).double()
-        assert close(result, expected / expected.sum()), "after top-p the tokens left should sum to 1 in proportion"
+        assert (result > 0).sum() == n_left, f"top-p {top_p} of .15, .5, .05, .3 should leave {n_left} tokens"
+        expected = torch.tensor(slow_probabilities(probs.log().tolist(), 1.0, None, top_p))
+        assert torch.equal(result > 0, expected > 0), (
+            "top-p leaves the wrong tokens: are tokens and probs in one order?"
+        )
+        assert close(result, expected), "after top-p the tokens left should sum to 1 in proportion"
     for top_p, n_left in ((0.25, 1), (0.3, 2), (0.5, 2), (0.75, 3)):
         n = (probabilities(torch.zeros(2, 4), top_p=top_p) > 0).sum(-1)
         assert n.tolist() == [n_left] * 2, f"top-p {top_p} of four times 0.25 should leave {n_left}: mind ties, and '='"
+    tied = probabilities(torch.tensor([0.25, 0.125, 0.5, 0.125]).log(), top_p=0.8)
+    assert close(tied.sort().values, torch.tensor([0, 1, 2, 4]) / 7), "of two tied tokens top-p should keep one here"
 
 
 @exercise_1(1)
@@ -140,6 +179,13 @@ def test_top_p_comes_after_temperature_and_top_k():
     assert (both > 0).sum() == 1, "top-p should count the probabilities as top-k left them"
     cold = probabilities(probs.log(), temperature=0.25, top_p=0.7)
     assert (cold > 0).sum() == 1, "top-p should count the probabilities as the temperature left them"
+    logits = 2 * random(3, 2, 9, seed=8)
+    for temperature, top_k, top_p in product((0.3, 1.0, 2.0), (None, 1, 4, 9), (None, 0.2, 0.5, 0.9)):
+        result = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        expected = [[slow_probabilities(row, temperature, top_k, top_p) for row in rows] for rows in logits.tolist()]
+        assert close(result, torch.tensor(expected)), (
+            f"wrong at temperature {temperature}, top-k {top_k}, top-p {top_p}"
+        )
 
 
 # 2. Mask and positions
@@ -240,7 +286,7 @@ def test_a_group_sees_what_its_anchor_sees_and_itself():
 
 @exercise_2(1)
 def test_groups_may_have_different_lengths_or_none():
-    for lengths in ([3, 0, 1, 2], [0, 2, 0, 0], [0, 0, 0, 0]):
+    for lengths in ([3, 0, 1, 2], [0, 2, 0, 0], np.zeros(4, dtype=np.int64)):
         layout = with_groups([-1, 0, 0, 2], range(4), lengths)
         expected = slow_layout(with_hanging([-1, 0, 0, 2], range(4), lengths))
         same = torch.equal(layout.visible, expected.visible) and torch.equal(layout.depth, expected.depth)
@@ -390,6 +436,14 @@ def test_a_token_is_drawn_with_its_probability():
         assert drawn.shape == (N,), "without n, one token should be drawn of each distribution: (...)"
         counts = torch.bincount(drawn, minlength=5)[torch.tensor(tokens)]
         assert like(counts, probs), "tokens are not drawn with their probabilities (which may have any sum)"
+    some, keys = spread([0.5, 0.3, 0.2], [0, 1, 2], 60), random_keys(60)
+    drawn = Sampling(1.0).draw(some, keys)
+    assert len(drawn.unique()) == 3, "each row should have the noise of its own key"
+    for row, key in enumerate(keys):  # as texts that are decoded alone do, call after call
+        alone = Sampling(1.0).draw(Distribution(some.tokens[:1], some.probs[:1]), key[None])
+        assert alone == drawn[row], (
+            "a draw should depend on its own key alone: not on its place in the batch, and not on the calls before"
+        )
     likeliest = Sampling(0.0).draw(spread([1.0, 0.0], [3, 1], 2), None)
     assert likeliest.tolist() == [3, 3], "at temperature 0 the first token should come, without noise"
     two = Sampling(0.0).draw(spread([1.0, 0.0, 0.0], [3, 1, 2], 1), None, 2)
@@ -422,6 +476,11 @@ def test_n_tokens_are_drawn_without_replacement():
     counts = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9)
     assert like(counts, expected.flatten()), "n tokens should be those that win the race, the second, and so on"
     assert torch.equal(drawn[:, 0], Sampling(1.0).draw(spread(probs, tokens), keys)), "the first of n: the one of one"
+    given, keys = spread(probs, tokens, 60), random_keys(60)
+    drawn, expected = Sampling(1.0).draw(given, keys, 1), Sampling(1.0).draw(given, keys)
+    assert torch.equal(drawn, expected[:, None]), "1 of n: the shape should be (..., 1)"
+    drawn = Sampling(1.0).draw(Distribution(*(each.view(20, 3, 3) for each in given)), keys.view(20, 3))
+    assert torch.equal(drawn, expected.view(20, 3)), "there may be more dimensions: tokens (B, n, K), keys (B, n)"
 
 
 # 5. The acceptance rule
@@ -439,7 +498,7 @@ def slow_reject(draft: int, p: torch.Tensor, q: torch.Tensor) -> tuple[float, to
 def grade_reject(message: str, p: torch.Tensor, tokens: torch.Tensor, probs: torch.Tensor, what: Sequence[str]) -> None:
     """One call for drafts of all kinds, against one test after the other. p (B, n, V), tokens and probs (B, n, K)."""
     n_batch, n, vocab_size = p.shape
-    drafts = torch.randint(vocab_size, (n_batch, n), generator=torch.Generator().manual_seed(0))
+    drafts = torch.randint(vocab_size, (n_batch, n), generator=generator())
     u, q = random(n_batch, n, seed=5), Distribution(tokens, probs)
     given = p.clone(), probs.clone()
     accepted, residual, rest = reject(drafts, p, q, u)
@@ -562,7 +621,7 @@ def grade_coupled(drafts: DraftTree) -> None:
     n_batch, n_nodes = 300, len(drafts.depth)
     tokens = random_drafts(drafts, n_batch, 4)
     q = Distribution(shuffled(n_batch, n_nodes, 4, seed=7), torch.full((n_batch, n_nodes, 4), 0.25).double())
-    keys = torch.randint(4, (3, n_batch, n_nodes), generator=torch.Generator().manual_seed(0))
+    keys = torch.randint(4, (3, n_batch, n_nodes), generator=generator())
     last, next_token = accept(Shape(drafts).on(CPU), Drafts(tokens), q, Pointed(1.0), keys)
     assert last.shape == next_token.shape == (n_batch,), "the last accepted node and the next token should be (B,)"
     for b in range(n_batch):
@@ -614,6 +673,41 @@ def law(drafts: DraftTree, tokens: list[int], p: torch.Tensor, q: torch.Tensor) 
     return result
 
 
+def slow_accept(
+    drafts: DraftTree, tokens: list[int], p: torch.Tensor, q: torch.Tensor, keys: torch.Tensor
+) -> tuple[int, int]:
+    """One text under the rejection rule, test by test. p, q: (1 + N, V); keys: (3, 1 + N)."""
+    node = 0
+    while True:
+        left, p_left = q[node], p[node].clone()
+        for child in children(drafts, node):
+            token = torch.tensor([tokens[child - 1]])
+            probability, residual = slow_reject(int(token), p_left, left)
+            if uniform(keys[ACCEPTANCE, node], token) < probability:
+                node = child
+                break
+            left, p_left = residual, p_left.scatter(0, token, 0.0)
+        else:
+            return node, int((left / -uniform(keys[TARGET, node], torch.arange(len(left))).log()).argmax())
+
+
+@exercise_6(2)
+def test_the_random_numbers_of_a_test_and_of_a_draw_are_those_of_their_place():
+    for drafts in (chain(3), FORKED):
+        n_nodes = len(drafts.depth)
+        tokens, keys = random_drafts(drafts, 200, 5), random_keys(3, 200, n_nodes)
+        p, q = (random(200, n_nodes, 5, seed=seed) ** 2 for seed in (1, 2))
+        p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+        given = Distribution(torch.arange(5).expand(q.shape), q)
+        last, next_token = accept(Shape(drafts).on(CPU), Drafts(tokens, p), given, Sampling(1.0), keys)
+        for b in range(200):
+            expected = slow_accept(drafts, tokens[b].tolist(), p[b], q[b], keys[:, b])
+            assert (int(last[b]), int(next_token[b])) == expected, (
+                "a test should use `uniform` of the parent's ACCEPTANCE key and the draft, the draw after a node the "
+                "node's TARGET key: else a seed gives another text each time, or noise serves twice"
+            )
+
+
 def grade_rejection(drafts: DraftTree, message: str) -> None:
     n_nodes, vocab_size = len(drafts.depth), 6
     share = torch.linspace(0.1, 0.9, n_nodes).double()[:, None]  # each node has its own p and q
@@ -639,13 +733,13 @@ def grade_rejection(drafts: DraftTree, message: str) -> None:
         )
 
 
-@exercise_6(4)
+@exercise_6(3)
 def test_the_rejection_rule_along_a_chain():
     grade_rejection(chain(1), "one draft under the rejection rule")
     grade_rejection(chain(3), "drafts of a chain under the rejection rule")
 
 
-@exercise_6(4)
+@exercise_6(3)
 def test_the_rejection_rule_in_a_tree_tests_siblings_one_after_the_other():
     grade_rejection(DraftTree((0, 0, 0)), "siblings under the rejection rule")
     grade_rejection(FORKED, "drafts of a tree under the rejection rule")
@@ -746,7 +840,7 @@ def test_a_turn_is_one_pass_and_emits_what_was_accepted_and_one_more_token():
         assert len(n_accepted) > 1, "of these drafts some should be accepted and some not"
 
 
-@exercise_7(3)
+@exercise_7(2)
 @torch.no_grad()
 def test_targets_come_from_the_row_of_each_node():
     for shape, seed in product(SHAPES[2:], range(2)):
@@ -760,7 +854,7 @@ def test_targets_come_from_the_row_of_each_node():
                 )
 
 
-@exercise_7(3)
+@exercise_7(2)
 @torch.no_grad()
 def test_the_next_drafts_come_from_the_group_of_the_last_accepted_node():
     for shape, seed in product(SHAPES[1:], range(2)):
@@ -827,6 +921,45 @@ def test_under_the_coupled_rule_a_seed_is_a_text_whatever_the_shape():
                 "of its place in the text?"
             )
         assert engine.generate(PROMPTS, 20, seed=3).tokens != expected, "another seed should give another text"
+
+
+@exercise_7(1)
+def test_under_the_rejection_rule_the_noise_of_a_node_is_that_of_its_place():
+    for shape, seed in product(SHAPES, (0, 7)):
+        for text, turn in turns(shape, PROMPTS[0], seed=seed):
+            tree, (drafts, q, last, handed, _) = turn.shape.tree, turn.result
+            q = q.dense(7)[0]
+            p = torch.zeros_like(q) if drafts.p is None else drafts.p[0]
+            keys = mix(stream_keys(torch.tensor([seed]))[:, 0] + len(text) + torch.tensor(tree.depth))
+            expected = slow_accept(tree, drafts.tokens[0].tolist(), p, q, keys)
+            assert (int(last), int(handed.root)) == expected, (
+                f"{shape}: is the noise after each node that of its place in the text, the seed's own, for both rules?"
+            )
+
+
+@exercise_7(1)
+@torch.no_grad()
+def test_a_draft_head_is_told_the_token_before():
+    model = tiny_model(7, n_draft=6)
+    expected = Engine(model, Given(Shape()), Sampling(0.7)).generate(PROMPTS, 16).tokens
+    for shape, (most_tokens, n_candidates) in product(SHAPES[2:], ((10, 7), (4, 3))):
+        with (
+            patch("minipass.decode.LARGE_VOCABULARY", most_tokens),
+            patch("minipass.decode.N_CANDIDATES", n_candidates),
+        ):
+            engine = Engine(model, Given(shape), Sampling(0.7))
+            try:
+                tokens = engine.generate(PROMPTS, 16).tokens
+                handed = [turn.result.handed for turn in engine.stream(PROMPTS[0], 16)]
+            except (IndexError, RuntimeError) as error:
+                raise AssertionError(
+                    "with a draft head drafts are drawn depth by depth: look at `by_parent`; with `scores_candidates` "
+                    "also the look-ahead rows' logits are to be handed on"
+                ) from error
+        assert tokens == expected, f"{shape}: with a draft head, too, a seed should give the text that it gives without"
+        for each in handed if most_tokens < 7 else ():
+            same = close(each.logits, model.logits(each.hidden))
+            assert same, "with `scores_candidates`, handed.logits should be those of the same rows as handed.hidden"
 
 
 @exercise_7(1)
@@ -935,9 +1068,8 @@ CUTS = np.array([[0, 3], [2, 1]])
 
 def random_logits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draft logits (2, 2, 3, 5), text logits (2, 8, 5), targets (2, 8)."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = (2, 2, 3, 5), (2, 8, 5)
-    return *(torch.randn(size, generator=generator) for size in sizes), torch.arange(16).view(2, 8) % 5
+    numbers, sizes = generator(), ((2, 2, 3, 5), (2, 8, 5))
+    return *(torch.randn(size, generator=numbers) for size in sizes), torch.arange(16).view(2, 8) % 5
 
 
 def places() -> list[tuple[int, int, int, int]]:
@@ -998,13 +1130,13 @@ def test_the_target_gets_no_gradient():
 def test_training_the_table_alone_lowers_the_loss():
     model = GPT(tiny_model().config).double()
     model.load_state_dict(tiny_model().state_dict())
-    text = torch.randint(7, (4, 17), generator=torch.Generator().manual_seed(0))
+    text = torch.randint(7, (4, 17), generator=generator())
     cuts, losses = np.tile([2, 5, 9], (4, 1)), []
     for _ in range(20):
         text_logits, draft_logits = training_pass(model, text[:, :-1], cuts)
         loss = lookahead_loss("kl", draft_logits, text_logits, text[:, 1:], cuts).mean()
         (gradient,) = torch.autograd.grad(loss, model.lookahead)
         with torch.no_grad():
-            model.lookahead -= 0.5 * gradient
+            model.lookahead -= 0.1 * gradient
         losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0], "20 steps on the look-ahead table should lower the loss by a tenth or more"
+    assert losses[-1] < losses[0], "20 steps on the look-ahead table should lower the loss"
