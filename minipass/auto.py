@@ -24,7 +24,7 @@ from minipass.trees import MOST_DRAFTS, DraftTree, Shape, chain
 
 Accuracy = Sequence[Sequence[float]]  # (L, K): how often the draft of each rank is right at each depth, as evaluated
 LONGEST_PROMPT = 256  # before turns that are timed
-N_WARM_UP, MANY_TOKENS = 3, 10_000  # turns that are not timed; more than are made
+N_WARM_UP = 3  # turns that are not timed
 MOST_AUTO_LOOKAHEAD = 5  # deeper trees are not worth the time to try them
 SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)  # of the accuracy, for which an AdaptiveTree keeps a tree ready
 PRIOR_TESTS, FORGET = 6.0, 0.95  # what was seen weighs less from one choice to the next
@@ -152,9 +152,10 @@ def turn_seconds(
     Takes a fraction of a second for a small model.
     """
     trees = [best_tree(accuracy, n) for n in (1, 2, 4, 8, 16, 32)]
+    n_tokens = (N_WARM_UP + turns) * (1 + len(accuracy))
     prompt = [0] * max(1, min(model.config.block_size // 4, LONGEST_PROMPT))
     engines = [Engine(model, Fused(tree, rule), sampling, use_graphs=use_graphs) for tree in trees]
-    times = turn_times([engine.stream(prompt, MANY_TOKENS) for engine in engines], turns)
+    times = turn_times([engine.stream(prompt, n_tokens) for engine in engines], turns)
     rows, medians = [n_rows(tree) for tree in trees], [statistics.median(own) for own in times]
     return lambda n: float(np.interp(n, rows, medians))
 

@@ -102,6 +102,7 @@ class KVCache:
         self.pairs = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(batch_size, device=device, dtype=torch.int64)
         self.batch = torch.arange(batch_size, device=device)[:, None]  # (B, 1), goes with slots (B, R)
+        self.columns = torch.arange(max_len, device=device)
         self.masks: dict[Layout, torch.Tensor] = {}
 
     def slots(self, n_rows: int) -> torch.Tensor:
@@ -121,8 +122,9 @@ class KVCache:
             visible = F.pad(F.pad(layout.visible[0], (self.max_len, 0), value=True), (0, self.max_len))
             scores = torch.zeros(visible.shape, device=visible.device, dtype=self.pairs.dtype)
             scores.masked_fill_(~visible, -math.inf)
-            self.masks[layout] = scores.unfold(1, self.max_len, 1)  # (R, windows, max_len), a view
-        return self.masks[layout].index_select(1, self.max_len - self.length).transpose(0, 1)
+            self.masks[layout] = scores
+        window = (self.max_len - self.length)[:, None] + self.columns  # (B, max_len)
+        return self.masks[layout].index_select(1, window.flatten()).unflatten(1, window.shape).transpose(0, 1)
 
     def store(self, layer: int, slots: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
         """Writes pairs (B, R, 2, kv_heads, head_dim) into `slots` (B, R); returns all of that layer.

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minipass.auto import MANY_TOKENS, turn_times
+from minipass.auto import turn_times
 from minipass.decode import Fused, Plain
 from minipass.extras.benchmark import plots
 from minipass.extras.benchmark.contenders import FUSED, GREEDY, PLAIN, Bench
@@ -21,6 +21,7 @@ ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 LARGER = ((8, 8, 512), (12, 12, 768))
 GPT2_SIZES = ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))
 GPT2_WINDOW, GPT2_VOCABULARY = 1024, 50_257
+MANY_TOKENS = 10_000  # more than are made
 PASS_REPEATS, TIMED_TURNS = 30, 24
 SIZES_OF_TREES = (8, 16, 32)
 

@@ -22,7 +22,7 @@ from minipass.tokenizer import stop_tokens
 
 MODEL = SMOLLM2
 CODE = "matplotlib"  # an installed package, which no training of adapters saw
-SHARE_OF_PROMPTS, EVALUATED, WINDOW = 4, 24, 256  # of the bench's prompts one in so many; windows and their tokens
+SHARE_OF_PROMPTS, EVALUATED, WINDOW = 4, 12, 256  # of the bench's prompts one in so many; windows and their tokens
 CHAINS, TREE_DRAFTS, LOOKUP_DRAFTS = (1, 2, 4), 16, 10
 QUESTIONS = (
     "What is the speed of light?",
