@@ -30,18 +30,17 @@ def encode_chat(
         if any("\ud800" <= c <= "\udfff" for c in message["content"]):
             raise InputError("a message must be UTF-8 text")
     specials = sorted(encoding.special_tokens_set, key=len, reverse=True)
-    names = re.compile("|".join(map(re.escape, specials)))
+    names = re.compile(f"({'|'.join(map(re.escape, specials))})")
     hidden = [
         m | {"content": names.sub(lambda found: found[0][0] + MARK + found[0][1:], m["content"])} for m in messages
     ]
     with explained("the model's chat template does not take this conversation"):
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         text = environment.from_string(template).render(messages=hidden, add_generation_prompt=answer)
-    ids, end = [], 0
-    for found in names.finditer(text):
-        ids += [
-            *encode_text(encoding, text[end : found.start()].replace(MARK, "")),
-            encoding.encode_single_token(found[0]),
-        ]
-        end = found.end()
-    return [int(token) for token in (*ids, *encode_text(encoding, text[end:].replace(MARK, "")))]
+    ids: list[int] = []
+    for index, part in enumerate(names.split(text)):  # every second one is a special token
+        if index % 2:
+            ids.append(encoding.encode_single_token(part))
+        else:
+            ids += encode_text(encoding, part.replace(MARK, "")).tolist()
+    return ids

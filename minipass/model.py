@@ -83,6 +83,11 @@ class GPTConfig:
         """Width of a head."""
         return self.head_dim or self.n_embd // self.n_head
 
+    @property
+    def inner_width(self) -> int:
+        """Width inside an MLP."""
+        return self.n_inner or 4 * self.n_embd
+
 
 class KVCache:
     """Keys and values of the real tokens so far: preallocated, with a length for each text of the batch.
@@ -233,7 +238,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.llama, n_inner = config.llama, config.n_inner or 4 * config.n_embd
+        self.llama, n_inner = config.llama, config.inner_width
         self.c_fc = Matrix(config.n_embd, 2 * n_inner if config.llama else n_inner, bias=not config.llama)
         self.c_proj = Matrix(n_inner, config.n_embd, bias=not config.llama)
 

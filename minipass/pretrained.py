@@ -211,8 +211,7 @@ def write_folder(model: GPT, folder: str | Path) -> None:
 def their_sizes(model: GPT) -> dict[str, Any]:
     """The sizes, as GPT2Config or LlamaConfig calls them."""
     config = model.config
-    ours = vars(config) | {"n_kv_head": config.kv_heads, "head_dim": config.head_width}
-    ours["n_inner"] = config.n_inner or 4 * config.n_embd
+    ours = vars(config) | {"n_kv_head": config.kv_heads, "head_dim": config.head_width, "n_inner": config.inner_width}
     return {theirs: ours[name] for name, theirs in (LLAMA if config.llama else GPT2).sizes.items()}
 
 
@@ -221,13 +220,13 @@ def their_weights(model: GPT) -> dict[str, torch.Tensor]:
     stored = {}
     for name, value in model.state_dict().items():
         if not is_drafting(name):
-            names, sizes = _parts(name, model.config)
+            names, sizes = parts(name, model.config)
             value = value.t() if name.endswith(TRANSPOSED) and not model.config.llama else value
             stored |= dict(zip(names, value.split(sizes or len(value)), strict=True))
     return stored
 
 
-def _parts(name: str, config: GPTConfig) -> tuple[list[str], list[int] | None]:
+def parts(name: str, config: GPTConfig) -> tuple[list[str], list[int] | None]:
     """Transformers' tensors that hold the rows of our parameter `name`, and how many each holds (None: all)."""
     if not config.llama:
         return [f"transformer.{name}"], None
@@ -236,7 +235,7 @@ def _parts(name: str, config: GPTConfig) -> tuple[list[str], list[int] | None]:
     if module == "attn.c_attn":
         rows = [config.head_width * n for n in (config.n_head, config.kv_heads, config.kv_heads)]
     elif module == "mlp.c_fc":
-        rows = 2 * [config.n_inner or 4 * config.n_embd]
+        rows = 2 * [config.inner_width]
     return [f"{prefix}{each}.{kind}" for each in LLAMA_NAMES[module]], rows
 
 
@@ -245,25 +244,25 @@ def _assemble(source: Path, config: GPTConfig, stored: dict[str, torch.Tensor]) 
     stored = {name: value for name, value in stored.items() if not name.endswith(BUFFERS)}
     if not config.llama:
         stored = {name if name == "lm_head.weight" else f"transformer.{name}": v for name, v in stored.items()}
-    embedding = "model.embed_tokens.weight" if config.llama else "transformer.wte.weight"
+    ((embedding,), _) = parts("wte.weight", config)
     head = stored.pop("lm_head.weight", None) if config.tied else None
     if head is not None and not torch.equal(head, stored.get(embedding, head)):
         raise InputError(f"{source} has an output head of its own, but its config says that it is the token embedding")
     with torch.device("meta"):  # sizes only: no random weights that are replaced at once
         model = GPT(config)
     ours = model.state_dict().keys() - {"lookahead"}
-    expected = {theirs for name in ours for theirs in _parts(name, config)[0]}
+    expected = {theirs for name in ours for theirs in parts(name, config)[0]}
     for complaint, names in (("lacks", expected - stored.keys()), ("has, unexpectedly,", stored.keys() - expected)):
         if names:
             raise InputError(f"{source} {complaint} {len(names)} weights, such as {min(names)}")
     weights = {"lookahead": torch.empty(0, config.n_embd)}
     with explained(f"{source} does not hold what its config says", RuntimeError):
         for name in ours:
-            names, sizes = _parts(name, config)
-            parts = [checked({name: stored.pop(each)}, source)[name] for each in names]
-            if sizes and [len(part) for part in parts] != sizes:
-                raise RuntimeError(f"{names[0]} and its like have {[len(part) for part in parts]} rows, not {sizes}")
-            value = torch.cat(parts) if len(parts) > 1 else parts[0]
+            names, sizes = parts(name, config)
+            found = [checked({name: stored.pop(each)}, source)[name] for each in names]
+            if sizes and [len(part) for part in found] != sizes:
+                raise RuntimeError(f"{names[0]} and its like have {[len(part) for part in found]} rows, not {sizes}")
+            value = torch.cat(found) if len(found) > 1 else found[0]
             value = value.t() if name.endswith(TRANSPOSED) and not config.llama else value
             weights[name] = value.float().contiguous()
         model.load_state_dict(weights, assign=True)
@@ -331,9 +330,8 @@ def _read_gguf(file: Path) -> Pretrained:
     for name, tensor in tensors.items():
         layer, module, kind = re.fullmatch(r"(?:blk\.(\d+)\.)?(.+)\.(\w+)", name).groups()
         value = torch.from_numpy(library.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        if (
-            module in ("attn_q", "attn_k") and kind == "weight"
-        ):  # a GGUF's rotary pairs are (2 i, 2 i + 1), ours (i, i + head_dim / 2)
+        # A GGUF's rotary pairs are (2 i, 2 i + 1), ours (i, i + head_dim / 2).
+        if module in ("attn_q", "attn_k") and kind == "weight":
             value = value.view(-1, config.head_width // 2, 2, value.shape[-1]).transpose(1, 2).reshape(value.shape)
         prefix = f"model.layers.{layer}." if layer else ""
         stored[f"{prefix}{GGUF_NAMES.get(module, module)}.{kind}"] = value

@@ -6,13 +6,15 @@ its own.
 
 import copy
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from minipass import losses
 from minipass.auto import AdaptiveTree, Auto
 from minipass.decode import GREEDY, Fused, Plain, TwoModels, TwoPass
 from minipass.model import GPT, GPTConfig
@@ -183,6 +185,22 @@ def slow_race(probs: list[float], seed: int, position: int) -> list[int]:
         u = (slow_mix(key + token) >> 11 | 1) / 2**53
         time[token] = -math.log(u) / prob if prob > 0 else math.inf
     return sorted(time, key=time.get)
+
+
+@contextmanager
+def power_cut(monkeypatch: pytest.MonkeyPatch, in_step: int) -> Iterator[None]:
+    """Training inside breaks off in this step, counted from 1, and must."""
+    real, calls = losses.lookahead_loss, []
+
+    def breaks_off(*args):
+        calls.append(1)
+        if len(calls) == in_step:
+            raise RuntimeError("power cut")
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(losses, "lookahead_loss", breaks_off)
+        yield
 
 
 def next_context(context: list[int], block_size: int) -> list[int]:

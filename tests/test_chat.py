@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import power_cut, random_model
 from test_pretrained import ANSWERED, END, START, TEMPLATE, a_llama, drafting, llama_folder, trained
 
-from minipass import losses, weights
+from minipass import weights
 from minipass.chat import MARK, encode_chat
 from minipass.decode import GREEDY, Engine, Plain
 from minipass.errors import InputError
@@ -277,16 +277,7 @@ def test_training_on_self_learns_from_its_own_text_and_goes_on_where_it_was_brok
     run = ["--init", base, "--data", "self", corpus, *settings.split()]
     call(train_tiny, *run, "--out", tmp_path / "unbroken")
 
-    real, calls = losses.lookahead_loss, []
-
-    def power_cut(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise RuntimeError("power cut")
-        return real(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        patch.setattr(losses, "lookahead_loss", power_cut)
+    with power_cut(monkeypatch, in_step=4):
         call(train_tiny, *run, "--out", tmp_path / "broken")
     call(train_tiny, *run, "--out", tmp_path / "broken", "--resume")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import power_cut, random_model
 
-from minipass import generate, losses, pretrained, weights
+from minipass import generate, pretrained, weights
 from minipass.errors import InputError
 from minipass.extras import export
 from minipass.model import GPT
@@ -330,16 +330,7 @@ def test_the_lookahead_stage_stores_what_it_trains_alone_and_continues_from_it(
     trained = {"lookahead"} if head == "none" else {"lookahead", "draft_head"}
     assert {name.partition(".")[0] for name in last["weights"]} == trained
 
-    real, calls = losses.lookahead_loss, []
-
-    def power_cut(*args):
-        calls.append(1)
-        if len(calls) == 5:
-            raise RuntimeError("power cut")
-        return real(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        patch.setattr(losses, "lookahead_loss", power_cut)
+    with power_cut(monkeypatch, in_step=5):
         call(train_tiny, *arguments, "--out", tmp_path / "broken")
     call(train_tiny, *arguments, "--out", tmp_path / "broken", "--resume")
     broken, unbroken = (

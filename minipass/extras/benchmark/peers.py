@@ -39,7 +39,7 @@ def as_theirs(model: GPT):
         theirs = GPT2LMHeadModel(GPT2Config(**sizes, activation_function="gelu_new"))
     tensors = pretrained.their_weights(model)
     if model.config.tied:
-        embedding = "model.embed_tokens.weight" if model.config.llama else "transformer.wte.weight"
+        ((embedding,), _) = pretrained.parts("wte.weight", model.config)
         tensors["lm_head.weight"] = tensors[embedding]
     theirs.load_state_dict(tensors)
     return theirs.to(model.device, model.dtype).eval()

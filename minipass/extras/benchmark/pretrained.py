@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from minipass import losses, weights
+from minipass.api import DEFAULT_LOOKUP
 from minipass.auto import MOST_AUTO_LOOKAHEAD, AdaptiveTree, Auto, best_tree, turn_seconds
 from minipass.chat import encode_chat
 from minipass.data import even_windows
@@ -15,7 +16,7 @@ from minipass.errors import InputError
 from minipass.extras.benchmark import peers
 from minipass.extras.benchmark.contenders import DECODINGS, FUSED, GREEDY, LOOKUP, PLAIN, SAMPLED, Bench, Subject
 from minipass.extras.benchmark.measuring import ours
-from minipass.extras.benchmark.reporting import Report, shares
+from minipass.extras.benchmark.reporting import Report, teacher_forced
 from minipass.pretrained import SMOLLM2
 from minipass.sampling import COUPLED, REJECTION
 from minipass.tokenizer import stop_tokens
@@ -23,7 +24,7 @@ from minipass.tokenizer import stop_tokens
 MODEL = SMOLLM2
 CODE = "matplotlib"  # an installed package, which no training of adapters saw
 SHARE_OF_PROMPTS, EVALUATED, WINDOW = 4, 12, 256  # of the bench's prompts one in so many; windows and their tokens
-CHAINS, TREE_DRAFTS, LOOKUP_DRAFTS = (1, 2, 4), 16, 10
+CHAINS, TREE_DRAFTS = (1, 2, 4), 16
 QUESTIONS = (
     "What is the speed of light?",
     "Why is the sky blue?",
@@ -62,11 +63,8 @@ def pretrained(bench: Bench) -> Report:
         windows = even_windows(bench.tokens(best, source), EVALUATED, WINDOW + 1)
         for subject in (table, best):
             figures = forced[f"{subject.name}, {domain}"] = losses.evaluate(subject.model, windows, batch_size=4)
-            report.parts.append(
-                f"`{subject.name}` teacher-forced on {len(windows)} windows of {WINDOW} tokens ({domain}): base loss "
-                f"{figures['loss']:.3f} nats/token; expected acceptance by position {shares(figures['acceptance'])}; "
-                f"greedy match {shares(figures['match'])}."
-            )
+            text = f"{len(windows)} windows of {WINDOW} tokens ({domain})"
+            report.parts.append(teacher_forced(subject.name, text, figures))
     report.data["teacher_forced"] = forced
     accuracy, alone = (forced[f"{subject.name}, {CODE}"]["rank_accuracy"] for subject in (best, table))
     code = bench.prompts(best, str(folder))
@@ -87,9 +85,9 @@ def pretrained(bench: Bench) -> Report:
                 f"tree of {TREE_DRAFTS}, table": (Fused(best_tree(alone, TREE_DRAFTS)), table, None),
                 **{f"{FUSED}, L = {n}": (Fused(n), best, None) for n in CHAINS},
                 f"tree of {TREE_DRAFTS}": (Fused(best_tree(accuracy, TREE_DRAFTS)), best, None),
-                LOOKUP: (Fused(0, lookup=LOOKUP_DRAFTS), best, None),
+                LOOKUP: (Fused(0, lookup=DEFAULT_LOOKUP), best, None),
                 "auto + prompt lookup": (
-                    Auto(AdaptiveTree(accuracy[:MOST_AUTO_LOOKAHEAD], seconds), COUPLED, LOOKUP_DRAFTS), best, None
+                    Auto(AdaptiveTree(accuracy[:MOST_AUTO_LOOKAHEAD], seconds), COUPLED, DEFAULT_LOOKUP), best, None
                 ),
             }  # fmt: skip
             if decoding == SAMPLED:

@@ -45,11 +45,7 @@ class Report:
     def forced(self, bench: Bench, domain: str, *subjects: Subject) -> dict[str, dict]:
         """Says the teacher-forced figures of each subject; returns them by name."""
         found = {each.name: bench.forced(each, domain) for each in subjects}
-        self.parts += [
-            f"`{name}` teacher-forced on held-out text ({domain}): base loss {forced['loss']:.3f} nats/token; expected "
-            f"acceptance by position {shares(forced['acceptance'])}; greedy match {shares(forced['match'])}."
-            for name, forced in found.items()
-        ]
+        self.parts += [teacher_forced(name, f"held-out text ({domain})", forced) for name, forced in found.items()]
         return found
 
 
@@ -57,6 +53,14 @@ def table(rows: Sequence[dict], columns: dict[str, Callable[[dict], str]]) -> st
     """A Markdown table: by its head, what each column says of a row."""
     lines = [[*columns], ["---"] * len(columns), *([cell(row) for cell in columns.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def teacher_forced(name: str, text: str, figures: dict) -> str:
+    """losses.evaluate's figures of a checkpoint, in a sentence."""
+    return (
+        f"`{name}` teacher-forced on {text}: base loss {figures['loss']:.3f} nats/token; expected acceptance by "
+        f"position {shares(figures['acceptance'])}; greedy match {shares(figures['match'])}."
+    )
 
 
 def shares(values: Sequence[float]) -> str:
