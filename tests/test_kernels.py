@@ -12,7 +12,8 @@ needs_onednn = pytest.mark.skipif(not kernels.available(), reason="PyTorch witho
 
 
 @pytest.fixture
-def layer() -> torch.nn.Linear:
+def layer(monkeypatch) -> torch.nn.Linear:
+    monkeypatch.setattr(kernels, "LEAST_PRODUCTS", 1)
     torch.manual_seed(0)
     return torch.nn.Linear(192, 320)
 
@@ -26,6 +27,16 @@ def test_a_packed_weight_gives_the_same_products(layer, shape):
     with torch.inference_mode():
         torch.testing.assert_close(kernels.linear(x, layer.weight, layer.bias), layer(x), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(kernels.linear(x, layer.weight), F.linear(x, layer.weight), rtol=1e-4, atol=1e-4)
+
+
+@needs_onednn
+def test_small_products_are_left_to_the_blas(layer, monkeypatch):
+    kernels.pack(layer)
+    monkeypatch.setattr(kernels, "LEAST_PRODUCTS", 3 * layer.weight.numel())
+    state, _ = kernels.packed[layer.weight]
+    kernels.packed[layer.weight] = state, torch.zeros_like(layer.weight)  # seen in what comes out, where it is used
+    with torch.inference_mode():
+        assert [kernels.linear(torch.randn(n, 192), layer.weight).any().item() for n in (2, 3)] == [True, False]
 
 
 @needs_onednn
@@ -63,7 +74,8 @@ def test_without_onednn_nothing_is_packed(layer, monkeypatch):
 
 @needs_onednn
 @pytest.mark.parametrize("llama", [False, True])
-def test_a_packed_model_writes_the_same_text(llama):
+def test_a_packed_model_writes_the_same_text(llama, monkeypatch):
+    monkeypatch.setattr(kernels, "LEAST_PRODUCTS", 1)
     model = random_lively_model(seed=3, vocab_size=300, n_embd=128, n_head=4, llama=llama).float()
     prompt = list(range(10, 20))
     before = Engine(model.double(), Plain()).generate(prompt, 25).tokens
