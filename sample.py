@@ -1,8 +1,7 @@
-"""Continues a prompt, with or without PaSS: `python sample.py --pass` shows which tokens were drafted in parallel.
+"""Continues a prompt, with PaSS (`--pass`) or without, or answers a question (`--chat`).
 
-The text goes to standard output as it comes, coloured by origin on a terminal; one line of statistics follows on
-standard error. `--compare` times the same prompt with and without PaSS, `--json` prints one object instead of text,
-`--trace` writes a page that shows what each turn drafted and accepted. `--chat` asks a model that knows conversations.
+The text appears as it comes, on a terminal coloured by where each token came from. One line of statistics follows on
+standard error.
 """
 
 import argparse
@@ -46,65 +45,81 @@ DEFAULT_PROMPT = '''class Stack:
 DEFAULT_TREE_SIZE = 8
 AUTO = "auto"
 CHAT_TEMPERATURE = 0.0  # small models are right more often when they are greedy
+EXAMPLES = """Five examples
+
+  python sample.py --pass                               the default prompt
+  python sample.py "def main(argv):" --pass tree        a prompt of yours, with a tree of drafts
+  python sample.py --pass --compare --dtype float64     the speed-up, and a check that the text stays the same
+  python sample.py --pass --trace trace.html            every turn, to look into
+  python sample.py --checkpoint smollm2 --chat --pass   a conversation with a pretrained model
+"""
 COLOURS = {ACCEPTED: "32", BONUS: "36", CORRECTED: "33"}  # green, cyan, yellow; a sampled token stays as it is
 OnTurn = Callable[[Turn], None]
 METHOD_OF = {None: "plain", "fused": "pass", "two-pass": "two-pass", "tree": "tree"}
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [PROMPT] [options]", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     add = parser.add_argument_group("what to write").add_argument
-    add("text", nargs="?", metavar="PROMPT", help="text to continue, or - for standard input (default: the beginning "
-        "of a Python class)")  # fmt: skip
-    add("--prompt", metavar="PROMPT", help="the same, wherever it stands")
-    add("--keep-newline", action="store_true", help="of a prompt from standard input, keep the line end that it ends "
-        "with, too")  # fmt: skip
-    add("--chat", nargs="?", const="", metavar="TEXT", help="ask TEXT with the model's chat template; without a text a "
-        "conversation, which ends with an empty line")  # fmt: skip
-    add("--system", default="", metavar="TEXT", help="what the model of --chat is told first (default: nothing, with "
-        "which SmolLM2 knows more facts than with its template's own text)")  # fmt: skip
-    add("--max-new-tokens", type=int, help="at most so many (default: 128; of an answer in --chat 512)")
-    add = parser.add_argument_group("how to draft").add_argument
+    add("text", nargs="?", metavar="PROMPT", help="text to continue, or - to read it from standard input (default: the "
+        "beginning of a Python class)")  # fmt: skip
+    add("--prompt", metavar="PROMPT", help="another way to give the prompt")
+    add("--keep-newline", action="store_true", help="keep the line end that standard input ends with")
+    add("--chat", nargs="?", const="", metavar="TEXT", help="answer TEXT, with a model that knows conversations; "
+        "without TEXT, hold a conversation, which ends with an empty line")  # fmt: skip
+    add("--system", default="", metavar="TEXT", help="instructions to the model of --chat (default: "
+        "none, not those of its chat template)")  # fmt: skip
     add(
-        "--pass",
-        dest="variant",
-        nargs="?",
-        const="fused",
-        choices=("fused", "two-pass", "tree"),
-        help="parallel speculative sampling: fused, each pass verifies and drafts (default), the paper's two passes, "
-        "or a tree of drafts, fused",
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="stop after N tokens (default: 128; for an answer in --chat 512)",
     )
-    add("--lookahead", type=length, metavar="L", help="drafts in a row, or auto: a tree of drafts that fits this "
-        f"machine, by a short measurement, and then the text (default: {DEFAULT_LOOKAHEAD}; as many as the tree is "
-        "deep)")  # fmt: skip
-    add("--tree-size", type=int, metavar="N", help=f"drafts in --pass tree (default: {DEFAULT_TREE_SIZE})")
-    add("--prompt-lookup", type=int, nargs="?", const=DEFAULT_LOOKUP, metavar="N", help="copy N drafts from the text "
-        "where its last tokens were before: with --pass fused or tree, or alone (default: none, without a number: "
-        "%(const)s)")  # fmt: skip
-    add("--rule", choices=RULES, help="how drafts are tested: coupled, by what the target draws with the same noise, "
-        "which gives the text of plain decoding, or rejection, the paper's (default: coupled; of two-pass, "
-        "rejection)")  # fmt: skip
+    add = parser.add_argument_group("how to draft").add_argument
+    add("--pass", dest="variant", nargs="?", const="fused", choices=("fused", "two-pass", "tree"), help="use parallel "
+        "speculative sampling; fused (the default): each pass verifies drafts and makes the next ones; two-pass: the "
+        "paper's way, one pass drafts and one verifies; tree: fused, with several drafts for each place")  # fmt: skip
+    add("--lookahead", type=length, metavar="L", help="draft L tokens ahead; auto: choose the fastest tree of drafts, "
+        "from a short measurement of this machine and from what is accepted as the text grows (default: "
+        f"{DEFAULT_LOOKAHEAD}, in a tree all that the model has)")  # fmt: skip
+    add("--tree-size", type=int, metavar="N", help="draft N tokens a pass, in --pass tree (default: "
+        f"{DEFAULT_TREE_SIZE})")  # fmt: skip
+    add("--prompt-lookup", type=int, nargs="?", const=DEFAULT_LOOKUP, metavar="N", help="where the last tokens stood "
+        "in the text before, copy what followed as N drafts (%(const)s if N is left out); works without --pass, "
+        "too")  # fmt: skip
+    add("--rule", choices=RULES, help="coupled: accept a draft if the target draws the same token from the same noise, "
+        "so that the text is plain decoding's; rejection: the paper's rule (default: coupled, but rejection for "
+        "two-pass)")  # fmt: skip
     add = parser.add_argument_group("how to sample").add_argument
-    add("--temperature", type=float, help=f"0 is greedy (default: 0.8; in --chat {CHAT_TEMPERATURE})")
-    add("--top-k", type=int, default=10, help="draw from the k most likely tokens (default: %(default)s)")
-    add("--top-p", type=float, help="draw from the fewest tokens with this probability (default: all)")
-    add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
+    add(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help=f"0 always takes the likeliest token (default: 0.8, in --chat {CHAT_TEMPERATURE:g})",
+    )
+    add("--top-k", type=int, default=10, metavar="K", help="draw from the K likeliest tokens (default: %(default)s)")
+    add("--top-p", type=float, metavar="P", help="of these, draw from the fewest that have probability P together "
+        "(default: all)")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default: %(default)s)")
     add = parser.add_argument_group("model").add_argument
-    add("--checkpoint", default="joint", help="a file, the folder of a finished run, the name of one in the package, "
-        "or a model of others: smollm2, a GGUF, a folder of a GPT-2 or Llama, or its name on the hub (default: "
-        "%(default)s)")  # fmt: skip
-    add("--adapters", metavar="FILE", help="what was trained for this model to draft: look-ahead tokens, draft head, "
-        "adapters; none: the look-ahead tokens alone, as in the paper (default: the best in the package)")  # fmt: skip
+    add("--checkpoint", default="joint", metavar="MODEL", help="a model of this package (joint, frozen, draft), a file "
+        "or folder that train_tiny.py made, smollm2, a GGUF file, a folder of a GPT-2 or Llama, or its name on the "
+        "Hugging Face hub (default: %(default)s)")  # fmt: skip
+    add("--adapters", metavar="FILE", help="what was trained to draft for this model; none: its look-ahead tokens "
+        "alone, as in the paper (default: the best in the package)")  # fmt: skip
     add("--lookahead-table", dest="adapters", help=argparse.SUPPRESS)  # its name until now
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto, CUDA where there is one)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, bfloat16 where "
-        "the hardware has it)")  # fmt: skip
-    add("--cuda-graphs", action="store_true", help="on CUDA: record what a turn computes as a graph, and replay it")
+        "the hardware computes in it)")  # fmt: skip
+    add("--cuda-graphs", action="store_true", help="record each turn as a CUDA graph and replay it")
     add("--compile", dest="cuda_graphs", action="store_true", help=argparse.SUPPRESS)  # its name until now
     add = parser.add_argument_group("output").add_argument
-    add("--compare", action="store_true", help="time the prompt with and without PaSS, side by side")
-    add("--json", action="store_true", help="print one JSON object")
-    add("--trace", type=Path, metavar="PATH", help="also write a web page that shows every turn")
+    add("--compare", action="store_true", help="write no text, but time this prompt with and without PaSS")
+    add("--json", action="store_true", help="print the text, its tokens and the statistics as one JSON object")
+    add("--trace", type=Path, metavar="FILE", help="also write a web page that shows what every turn did")
     args = parser.parse_args()
     if args.text is not None:
         if args.prompt is not None:

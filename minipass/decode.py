@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain as joined
 from itertools import cycle, repeat
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -210,17 +210,19 @@ Schedule = Iterator[tuple[Shape, list[list[int]] | None]]
 
 @dataclass(frozen=True)
 class Method:
-    """Settings that check themselves, and a schedule. Raises InputError for impossible ones.
+    """Settings that check themselves, and a schedule. Raises InputError for impossible ones."""
 
-    Each has `largest`, the largest shapes of its turns, and schedule(texts), which may read the texts so far.
-    """
-
+    largest: ClassVar[tuple[Shape, ...]]  # the largest shapes of its turns
     rule, draft_model, fixed_token = COUPLED, None, None  # where a method has none of its own
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise InputError(f"unknown rule {self.rule!r}; there are {', '.join(RULES)}")
         self.largest  # noqa: B018 - raises InputError for lengths out of bounds
+
+    def schedule(self, texts: Texts) -> Schedule:
+        """The shapes of the turns of these texts, which it may read so far."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -383,9 +385,9 @@ class Engine:
     def _turns(self, texts: Texts) -> Iterator[Turn]:
         """The loop: one prefill a window, then turn after turn."""
         while max(texts.wanted):
-            contexts, *numbers = texts.begin_window(with_ended=self.use_graphs)
+            contexts, starts, seeds = texts.begin_window(with_ended=self.use_graphs)
             decoder, n_kept = self._decoder(contexts, max(map(len, contexts)) + max(texts.wanted))
-            handed, schedule = decoder.begin(contexts, *numbers, n_kept), self.method.schedule(texts)
+            handed, schedule = decoder.begin(contexts, starts, seeds, n_kept), self.method.schedule(texts)
             try:
                 while texts.room:
                     handed = self._without_ended(texts, decoder, handed)

@@ -161,7 +161,7 @@ class Shape:
 
         numbers = map(put, (drafts.depth, range(len(rows)), drafts.parents, paths, group_rows, p_row))
         levels = tuple(Level(*map(put, level)) for level in levels)
-        return Nodes(layout.to(device), ~visible.to(device), *numbers, tuple(map(put, by_rank)), levels)
+        return Nodes(layout.to(device), ~visible.to(device), *numbers, by_rank=tuple(map(put, by_rank)), levels=levels)
 
 
 class Drafts(NamedTuple):

@@ -1,6 +1,8 @@
 """The one-liner and the package's public names."""
 
 import inspect
+import shlex
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from conftest import random_model
 
 import minipass
+import sample
 from minipass.api import MAKERS, METHODS, make_method
 
 
@@ -76,6 +79,14 @@ def test_the_lists_of_parents_and_a_tree_are_the_same_method():
 def test_arguments_that_a_method_does_not_use_are_an_input_error(name, arguments):
     with pytest.raises(minipass.InputError):
         make_method(name, **arguments)
+
+
+def test_each_example_in_the_help_of_sample_py_is_accepted(monkeypatch):
+    examples = [line.split("   ")[0] for line in sample.EXAMPLES.replace("  python ", "").splitlines() if ".py" in line]
+    assert len(examples) == 5
+    for example in examples:
+        monkeypatch.setattr(sys, "argv", shlex.split(example))
+        assert sample.parse_arguments().variant
 
 
 # What newcomers tried. Each is one sentence, or works.

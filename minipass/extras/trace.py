@@ -152,15 +152,10 @@ class Trace:
         return f"{n_tokens} tokens in {passes} passes: <b>{self.result.tokens_per_pass:.2f} tokens/pass</b>"
 
     def _text(self) -> str:
-        """Prompt and new text, each character in the colour of the token that completes it."""
+        """Prompt and new text, coloured."""
         emitted = [(number, *pair) for number, seen in enumerate(self.turns, 1) for pair in zip(
             seen.tokens, seen.origins, strict=True)]  # fmt: skip
-        pieces = [self.prompt, *(self.encoding.decode_single_token_bytes(token) for _, token, _ in emitted)]
-        owner = [index for index, piece in enumerate(pieces) for _ in piece]  # of each byte
-        shown, end = [""] * len(pieces), 0
-        for char in b"".join(pieces).decode("utf-8", "surrogateescape"):
-            end += len(char.encode("utf-8", "surrogateescape"))
-            shown[owner[end - 1]] += char
+        shown = characters([self.prompt, *(self.encoding.decode_single_token_bytes(token) for _, token, _ in emitted)])
         html, current = [f'<span class="prompt">{plain(shown[0])}</span>'], 0
         for (number, _, origin), chars in zip(emitted, shown[1:], strict=True):
             if number != current:
@@ -302,6 +297,16 @@ def pass_words(seen: SeenTurn) -> tuple[str, str]:
 
 def plural(n: int, name: str, ending: str = "s") -> str:
     return f"{n} {name}{ending if n != 1 else ''}"
+
+
+def characters(pieces: list[bytes]) -> list[str]:
+    """The text of each piece of a byte string; a character over several pieces is the last one's."""
+    owner = [index for index, piece in enumerate(pieces) for _ in piece]  # of each byte
+    texts, end = [""] * len(pieces), 0
+    for char in b"".join(pieces).decode("utf-8", "surrogateescape"):
+        end += len(char.encode("utf-8", "surrogateescape"))
+        texts[owner[end - 1]] += char
+    return texts
 
 
 def plain(text: str) -> str:
