@@ -36,8 +36,8 @@ class Layout:
 def tree(parents: Sequence[int] | np.ndarray, lookahead: Sequence[int] | np.ndarray = ()) -> Layout:
     """Turns parents into mask and positions: the one mask builder of this package.
 
-    parents: (R,) or (B, R) integers; parents[r] is a row before r, or CACHE_END.
-    lookahead: (Q,) which look-ahead token each of the last Q rows is, counted from 0.
+    parents: (R,) or (B, R) integers, a list, range or array; parents[r] is a row before r, or CACHE_END.
+    lookahead: (Q,) which look-ahead token each of the last Q rows is, counted from 0; the same kinds, and may be empty.
     Raises ValueError when a parent does not come before its row.
     """
     parents = np.atleast_2d(np.asarray(parents, dtype=np.int64))  # (B, R)
@@ -63,8 +63,9 @@ def with_groups(
 ) -> Layout:
     """Real rows, then for each anchor a group: a path of look-ahead rows [LA]_1, [LA]_2, .. that hangs from it.
 
-    parents: (P,) of the real rows. anchors: (G,) or (B, G), real rows. n_lookahead: rows of every group, or (G,) of
-    each. Training hangs groups from random cuts of a text, a fused pass from every node, a draft pass from the root.
+    parents: (P,) of the real rows. anchors: (G,) or (B, G), real rows, or none. n_lookahead: rows of every group, or
+    (G,) of each; 0 is no rows. All come as lists, ranges or arrays of integers, one n_lookahead as an int.
+    Training hangs groups from random cuts of a text, a fused pass from every node, a draft pass from the root.
     """
     anchors = np.atleast_2d(np.asarray(anchors, dtype=np.int64))  # (B, G)
     lengths = np.broadcast_to(np.asarray(n_lookahead, dtype=np.int64), anchors.shape[1])

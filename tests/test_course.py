@@ -1,26 +1,33 @@
 """The course: what a handout holds, how it grades blank, half done and done, and that graders catch wrong solutions."""
 
 import ast
+import base64
+import csv
 import importlib
 import inspect
+import io
 import operator
 import re
 import subprocess
 import sys
 import textwrap
+import tokenize
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
+from minipass import weights
 from minipass.decode import Decoder, TwoPass, fused
 from minipass.errors import InputError
-from minipass.extras import course
+from minipass.extras import course, figures
 from minipass.extras.course.grade import graders_of, points
 from minipass.extras.course.grading import EXERCISES, placeholder
+from minipass.extras.course.slides import slides
+from minipass.extras.course.variant import IDENTIFIERS, REORDERED, WORDS, Variant, rename
 from minipass.layout import tree, with_groups
 from minipass.losses import lookahead_loss, rows_after_cuts
-from minipass.model import KVCache
+from minipass.model import DraftHead, KVCache
 from minipass.sampling import Sampling, reject, uniform
 from minipass.trees import accept
 
@@ -40,7 +47,8 @@ def folder(tmp_path_factory) -> Path:
 
 def test_a_handout_is_the_package_but_for_the_bodies_of_the_exercises(folder):
     extras = ROOT / "minipass" / "extras"
-    for path in [file for place in (extras.parent, extras, extras / "benchmark") for file in place.glob("*.py")]:
+    paths = [path for place in (extras.parent, extras, extras / "benchmark") for path in place.glob("*.py")]
+    for path in [path for path in paths if path.name != "course.py"]:
         real, given = path.read_text("utf-8"), (folder / path.relative_to(ROOT)).read_text("utf-8")
         expected = course.functions(ast.parse(real))
         gaps = {
@@ -63,10 +71,12 @@ def test_a_handout_is_the_package_but_for_the_bodies_of_the_exercises(folder):
         assert all(piece in real for piece in pieces)
 
 
-def test_a_handout_holds_graders_and_sheet_but_no_solution_and_no_model(folder):
+def test_a_handout_holds_graders_sheet_and_a_model_but_no_solution(folder):
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {"ASSIGNMENT.md", "pyproject.toml", "tests/conftest.py", "submit.py", "bench.py"} <= files
-    assert not [name for name in files if name.endswith(".pt") or name.startswith("minipass/extras/course")]
+    assert not [name for name in files if "course" in name]
+    loaded = weights.load(folder / "minipass" / "checkpoints" / "joint.pt")
+    assert loaded.model.config.n_lookahead and loaded.model.draft_head is not None
 
 
 def test_the_sheet_agrees_with_the_exercises_and_their_graders():
@@ -79,12 +89,19 @@ def test_the_sheet_agrees_with_the_exercises_and_their_graders():
         assert [int(digit) for digit in re.findall(r"\d", needs)] == list(exercise.needs)
         assert exercise.points == sum(map(points, graders_of(number)))
         assert all(grader.__name__.startswith("test_") for grader in graders_of(number))
-    assert sum(map(int, re.findall(r"(\d+) points", sheet))) == 100
+    assert sum(map(int, re.findall(r"(\d+) points", sheet))) == 120
+    table = re.findall(r"^\| (\d+) .*? \| ([\d +]+) \| (\d+) \|", sheet, re.M)
+    assert sum(sum(map(int, points.split("+"))) for _, points, _ in table) == 120
+    assert {int(number) for number, _, _ in table} == {*EXERCISES, 12}
+    teacher = (course.COURSE / "TEACHER.md").read_text("utf-8")
+    hours = re.findall(r"^\| (\d+) .*? \| ([^|]*\d) \|", teacher, re.M)
+    assert [(n, sum(map(int, re.findall(r"\d+", h)))) for n, h in hours] == [(n, int(h)) for n, _, h in table]
+    assert f"{sum(int(h) for _, _, h in table)} in all" in teacher
 
 
-def test_the_projects_own_tests_know_the_markers_of_a_handout(folder):
+def test_pytest_knows_the_markers_of_a_handout(folder):
     for place in (ROOT, folder):
-        markers = re.findall(r'^    "exercise_(\d): (.*)",$', (place / "pyproject.toml").read_text("utf-8"), re.M)
+        markers = re.findall(r'^    "exercise_(\d+): (.*)",$', (place / "pyproject.toml").read_text("utf-8"), re.M)
         assert markers == [(str(number), exercise.title) for number, exercise in EXERCISES.items()]
 
 
@@ -98,7 +115,95 @@ def test_the_key_holds_each_solution_and_the_points_that_teachers_give(tmp_path)
     teacher = (tmp_path / "key" / "TEACHER.md").read_text("utf-8")
     for number, exercise in EXERCISES.items():
         assert f"| {number} {exercise.title} |" in teacher
-    assert f"{sum(exercise.points for exercise in EXERCISES.values())} of the 100 points" in teacher
+    assert f"{sum(exercise.points for exercise in EXERCISES.values())} of the 120 points" in teacher
+
+
+def test_slides_are_one_page_with_the_pictures_of_the_masks(tmp_path):
+    page = slides()
+    tags = re.findall(r"<(/?)(section|h1|ul|li|p|pre|code|b)>", page)
+    opened = []
+    for closes, name in tags:  # well formed
+        if closes:
+            assert opened.pop() == name
+        else:
+            opened.append(name)
+    assert not opened
+    assert page.count("<section>") == page.count("<h1>") >= 12
+    pictures = [base64.b64decode(each) for each in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+    assert len(pictures) == len(figures.PICTURES) and all(each.startswith(b"\x89PNG") for each in pictures)
+    assert not re.search(r"https?:|`|\*\*|!\[", page), "it needs no network, and no mark is left"
+
+
+# Variants.
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory) -> Path:
+    """The key of a variant."""
+    path = tmp_path_factory.mktemp("variant") / "key"
+    course.write_key(path, 7)
+    return path
+
+
+def in_variant(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "minipass.course", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+
+
+def test_a_seed_makes_the_same_variant_again_and_another_one_another(varied, tmp_path):
+    sources = [path.read_text("utf-8") for path in sorted(course.PACKAGE.glob("*.py"))]
+    one, again, other = (Variant(seed, sources) for seed in (7, 7, 8))
+    assert vars(one) == vars(again) and one.names != other.names
+    assert set(one.parameters) == set(REORDERED)
+    assert all(
+        sorted(one.order[name]) == sorted(own) and one.order[name] != own for name, own in one.parameters.items()
+    )
+
+
+def test_new_names_are_new(varied):
+    """Else two things would have one name."""
+    others = [new for names in (IDENTIFIERS | WORDS).values() for new in names]
+    assert len(others) == len(set(others))
+    paths = [*(ROOT / name for name in course.SCRIPTS), *course.PACKAGE.rglob("*.py")]
+    for path in paths:
+        if path.name != "variant.py":
+            names = {t.string for t in tokenize.generate_tokens(io.StringIO(path.read_text("utf-8")).readline)}
+            assert not names & set(others), path
+
+
+def test_the_key_of_a_variant_solves_its_handout_and_public_solutions_do_not(varied, tmp_path):
+    code = varied / "course"
+    variant = Variant(7, [path.read_text("utf-8") for path in sorted(course.PACKAGE.glob("*.py"))])
+    in_variant(code, str(tmp_path / "handout"))
+    for number, exercise in EXERCISES.items():
+        for _, name in exercise.functions:
+            here = rename(name, variant.names)
+            solution = (varied / f"exercise_{number}" / f"{here}.py").read_text("utf-8")
+            file = solution.split("\n")[0].removeprefix("# ")
+            text = (tmp_path / "handout" / file).read_text("utf-8")
+            given, real = (course.functions(ast.parse(each)) for each in (text, (code / file).read_text("utf-8")))
+            assert ast.unparse(ast.parse(solution).body[0].body[-1]) == ast.unparse(real[here].body[-1])
+            assert ast.unparse(given[here].body[-1]).startswith("raise NotImplementedError")
+    (tmp_path / "public").mkdir()
+    for file in {file for exercise in EXERCISES.values() for file, _ in exercise.functions}:
+        text = with_public_bodies((code / "minipass" / file).read_text("utf-8"), file, variant)
+        (tmp_path / "public" / file).write_text(text, "utf-8")
+    # This also runs the variant's own code, which has to get full points.
+    in_variant(code, "grade", str(tmp_path / "public"), "--out", str(tmp_path), "--processes", "1")
+    *_, (_, *points) = csv.reader((tmp_path / "grades.csv").open(encoding="utf-8"))
+    assert int(points[-1]) <= 4, points
+
+
+def with_public_bodies(text: str, file: str, variant: Variant) -> str:
+    """A variant's file, the bodies of its exercises replaced by those of this package."""
+    real = (course.PACKAGE / file).read_text("utf-8")
+    lines, nodes, public = text.splitlines(keepends=True), course.functions(ast.parse(text)), real.splitlines(True)
+    exercises = course.functions(ast.parse(real))
+    names = [name for exercise in EXERCISES.values() for other, name in exercise.functions if other == file]
+    for name in sorted(names, key=lambda name: -exercises[name].lineno):
+        old, new = nodes[rename(name, variant.names)], exercises[name]
+        lines[old.body[0].lineno - 1 : old.end_lineno] = public[new.body[0].lineno - 1 : new.end_lineno]
+    return "".join(lines)
 
 
 def test_a_folder_that_is_in_use_or_cannot_be_written_is_an_input_error(tmp_path):
@@ -108,10 +213,10 @@ def test_a_folder_that_is_in_use_or_cannot_be_written_is_an_input_error(tmp_path
             course.write_handout(bad)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     run = subprocess.run(
-        [sys.executable, "-m", "minipass.extras.course", str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "minipass.course", str(tmp_path)], capture_output=True, text=True, cwd=ROOT
     )
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
-    assert run.stderr.startswith("minipass.extras.course: ")
+    assert run.stderr.startswith("minipass.course: ")
     (tmp_path / "file").unlink()
     course.write_handout(tmp_path)  # an empty folder will do
 
@@ -131,6 +236,11 @@ def grade(folder: Path, *arguments: str) -> tuple[dict[str, str], str]:
     return results, run.stdout
 
 
+def write_code(folder: Path) -> None:
+    """A handout without models, which graders do not need."""
+    course.write_new(folder, course.handout())
+
+
 def fill_in(folder: Path, but: tuple[int, ...]) -> None:
     """Puts the real bodies back, but for some exercises'."""
     for name, text in course.handout(but).items():
@@ -147,9 +257,9 @@ def test_a_handout_grades_blank_half_done_and_done(folder):
         assert f"0 of {exercise.points} points" in out
     assert "needs exercise 2, 4, 5" in out
 
-    fill_in(folder, but=(6, 8, 9))
-    results, out = grade(folder, "-m", "exercise_6 or exercise_8 or exercise_9")
-    for number in (6, 8, 9):
+    fill_in(folder, but=(6, 10, 11))
+    results, out = grade(folder, "-m", "exercise_6 or exercise_10 or exercise_11")
+    for number in (6, 10, 11):
         for grader in graders_of(number):
             assert results.pop(grader.__name__).startswith(f"failure: NotImplementedError: Exercise {number}: ")
         assert f"0 of {EXERCISES[number].points} points" in out
@@ -168,8 +278,8 @@ def plant(path: Path, right: str, wrong: str) -> None:
 
 
 def test_one_exercise_is_graded_alone_and_says_what_to_look_at(tmp_path):
-    course.write_handout(tmp_path)
-    fill_in(tmp_path, but=(1, 7))
+    write_code(tmp_path)
+    fill_in(tmp_path, but=(1, 9))
     plant(tmp_path / "minipass" / "sampling.py", "(q.probs - p.gather(-1, q.tokens)).clamp(min=0)", "q.probs")
     results, out = grade(tmp_path, "-m", "exercise_5")
     assert set(results) == {grader.__name__ for grader in graders_of(5)}
@@ -179,7 +289,7 @@ def test_one_exercise_is_graded_alone_and_says_what_to_look_at(tmp_path):
 
 
 def test_an_endless_loop_costs_points_of_its_exercise_and_those_that_need_it_say_so(tmp_path):
-    course.write_handout(tmp_path)
+    write_code(tmp_path)
     fill_in(tmp_path, but=(4,))
     plant(tmp_path / "minipass" / "sampling.py", placeholder(4, "Sampling.draw"), "while True: pass")
     plant(tmp_path / "minipass" / "sampling.py", placeholder(4, "uniform"), f"return key # {placeholder(4, 'uniform')}")
@@ -190,7 +300,7 @@ def test_an_endless_loop_costs_points_of_its_exercise_and_those_that_need_it_say
 
 
 def test_a_syntax_error_costs_the_exercises_of_its_file_alone(tmp_path):
-    course.write_handout(tmp_path)
+    write_code(tmp_path)
     fill_in(tmp_path, but=())
     plant(tmp_path / "minipass" / "sampling.py", "def reject(", "def reject((")
     results, out = grade(tmp_path, "-m", "exercise_2 or exercise_5 or exercise_6")
@@ -204,10 +314,10 @@ def test_a_syntax_error_costs_the_exercises_of_its_file_alone(tmp_path):
 
 
 def test_a_placeholder_that_is_left_as_a_comment_is_none(tmp_path):
-    course.write_handout(tmp_path)
+    write_code(tmp_path)
     fill_in(tmp_path, but=())
     plant(tmp_path / "minipass" / "layout.py", "def tree(", f"# {placeholder(2, 'tree')}\ndef tree(")
-    results, _ = grade(tmp_path, "-m", "exercise_9")
+    results, _ = grade(tmp_path, "-m", "exercise_11")
     assert set(results.values()) == {"passed"}
 
 
@@ -394,67 +504,92 @@ MISTAKES = {
     "a later sibling accepted too": (6, accept, "fits & ~taken[:, parents]", "fits"),
     "last node by the number accepted": (6, accept, "(accepted * nodes.number).amax(1)", "accepted.sum(1) - 1"),
     "p used up": (6, accept, "drafts.p.clone()", "drafts.p"),
+    "the root's own place": (7, Decoder.noise, "torch.arange(1, 2 + depth", "torch.arange(1 + depth"),
+    "one depth too few": (7, Decoder.noise, "torch.arange(1, 2 + depth", "torch.arange(1, 1 + depth"),
+    "place in the window": (7, Decoder.noise, "self.start + self.cache.length", "self.cache.length"),
+    "place of the first text": (7, Decoder.noise, "self.cache.length)", "self.cache.length[:1])"),
+    "place in the turn": (7, Decoder.noise, "(self.start + self.cache.length)", "(0 * self.cache.length)"),
+    "one stream for all": (7, Decoder.noise, "mix(self.keys +", "mix(self.keys[:1].expand(3, -1, -1) +"),
+    "one text's key for all": (7, Decoder.noise, "mix(self.keys +", "mix(self.keys[:, :1] +"),
+    "keys not hashed": (7, Decoder.noise, "return mix(self.keys", "return (self.keys"),
+    "places hashed alone": (7, Decoder.noise, "mix(self.keys + root + ", "self.keys + mix(root + "),
+    "greedy keys of one depth": (7, Decoder.noise, "self.keys.expand(-1, -1, 1 + depth)", "self.keys"),
+    "the length moves on": (
+        7, Decoder.noise, "(self.start + self.cache.length)[:, None]",
+        "(self.start + self.cache.length)[:, None]; self.cache.length += 1",
+    ),
+    "no residual connection": (8, DraftHead.forward, "return hidden +", "return"),
+    "told the token first": (8, DraftHead.forward, "[hidden, before]", "[before, hidden]"),
+    "the token is not told": (8, DraftHead.forward, "[hidden, before]", "[hidden, 0 * before]"),
+    "added to the token": (8, DraftHead.forward, "return hidden +", "return before +"),
+    "the exact gelu": (8, DraftHead.forward, ", approximate='tanh'", ""),
+    "no gelu": (8, DraftHead.forward, "F.gelu(", "(lambda x, approximate: x)("),
+    "all rows are told the first one's token": (
+        8, DraftHead.forward, "[hidden, before]", "[hidden, before[:1].expand(before.shape)]",
+    ),
+    "told the token after": (8, DraftHead.forward, "[hidden, before]", "[hidden, before.roll(-1, 0)]"),
+    "hidden changed": (8, DraftHead.forward, "return hidden +", "return hidden.add_(0.0).mul_(1.0).add_(1e-3) +"),
     "a chain in place of the tree": (
-        7, Decoder.turn, "shape.on(",
+        9, Decoder.turn, "shape.on(",
         "Shape(chain(min(len(shape.tree.parents), shape.n_lookahead)), shape.n_lookahead).on(",
     ),
-    "groups complete": (7, Decoder.turn, "shape.on(", "Shape(DraftTree(shape.tree.parents), shape.n_lookahead).on("),
-    "children without their parents": (7, Decoder.turn, "(self.device, self.by_parent)", "(self.device)"),
+    "groups complete": (9, Decoder.turn, "shape.on(", "Shape(DraftTree(shape.tree.parents), shape.n_lookahead).on("),
+    "children without their parents": (9, Decoder.turn, "(self.device, self.by_parent)", "(self.device)"),
     "candidates not handed on": (
-        7, Decoder.turn, "logits[batch, group] if self.scores_candidates else logits[:, :0]", "logits[:, :0]",
+        9, Decoder.turn, "logits[batch, group] if self.scores_candidates else logits[:, :0]", "logits[:, :0]",
     ),
-    "candidates of the root": (7, Decoder.turn, "logits[batch, group] if", "logits[batch, group * 0] if"),
+    "candidates of the root": (9, Decoder.turn, "logits[batch, group] if", "logits[batch, group * 0] if"),
     "rejection: noise of the root for all nodes": (
-        7, Decoder.turn, "keys[..., nodes.depth]",
+        9, Decoder.turn, "keys[..., nodes.depth]",
         "keys[..., nodes.depth if self.rule == COUPLED else nodes.depth * 0]",
     ),
-    "noise by node": (7, Decoder.turn, "nodes.depth])", "nodes.number.clamp(max=keys.shape[-1] - 1)])"),
-    "length by node": (7, Decoder.turn, "(1 + n_accepted)", "(1 + last)"),
-    "length of the first text": (7, Decoder.turn, "(1 + n_accepted)", "(1 + n_accepted[:1])"),
+    "noise by node": (9, Decoder.turn, "nodes.depth])", "nodes.number.clamp(max=keys.shape[-1] - 1)])"),
+    "length by node": (9, Decoder.turn, "(1 + n_accepted)", "(1 + last)"),
+    "length of the first text": (9, Decoder.turn, "(1 + n_accepted)", "(1 + n_accepted[:1])"),
     "targets of the rows after": (
-        7, Decoder.turn, "distribution(logits[:, :n_real])", "distribution(logits.roll(-1, 1)[:, :n_real])",
+        9, Decoder.turn, "distribution(logits[:, :n_real])", "distribution(logits.roll(-1, 1)[:, :n_real])",
     ),
-    "group of the root": (7, Decoder.turn, "nodes.group_rows[last]", "nodes.group_rows[last * 0]"),
-    "group by the number accepted": (7, Decoder.turn, "nodes.group_rows[last]", "nodes.group_rows[n_accepted]"),
-    "group of the first text": (7, Decoder.turn, "nodes.group_rows[last]", "nodes.group_rows[last[:1]]"),
-    "nothing rolled back": (7, Decoder.turn, "1 + n_accepted)", "rows.shape[1])"),
-    "accepted path not contiguous": (7, Decoder.turn, "self.cache.gather(way)", "pass"),
-    "ended texts grow": (7, Decoder.turn, "self.active * (1 + n_accepted)", "1 + n_accepted"),
-    "noise of the root for all nodes": (7, Decoder.turn, "keys[..., nodes.depth]", "keys[..., nodes.depth * 0]"),
-    "copied drafts ignored": (7, Decoder.turn, "keys, copied)", "keys, None)"),
-    "new root for the token before it": (7, Decoder.turn, "rows.gather(1, last[:, None])[:, 0]", "root"),
+    "group of the root": (9, Decoder.turn, "nodes.group_rows[last]", "nodes.group_rows[last * 0]"),
+    "group by the number accepted": (9, Decoder.turn, "nodes.group_rows[last]", "nodes.group_rows[n_accepted]"),
+    "group of the first text": (9, Decoder.turn, "nodes.group_rows[last]", "nodes.group_rows[last[:1]]"),
+    "nothing rolled back": (9, Decoder.turn, "1 + n_accepted)", "rows.shape[1])"),
+    "accepted path not contiguous": (9, Decoder.turn, "self.cache.gather(way)", "pass"),
+    "ended texts grow": (9, Decoder.turn, "self.active * (1 + n_accepted)", "1 + n_accepted"),
+    "noise of the root for all nodes": (9, Decoder.turn, "keys[..., nodes.depth]", "keys[..., nodes.depth * 0]"),
+    "copied drafts ignored": (9, Decoder.turn, "keys, copied)", "keys, None)"),
+    "new root for the token before it": (9, Decoder.turn, "rows.gather(1, last[:, None])[:, 0]", "root"),
     "two passes": (
-        7, Decoder.turn, "states = ",
+        9, Decoder.turn, "states = ",
         "self.model.hidden(rows, Shape(shape.tree).on(self.device).layout, self.cache); states = ",
     ),
-    "verifies first": (8, TwoPass.schedule, "[(draft, None), (verify, None)]", "[(verify, None), (draft, None)]"),
-    "verifying looks ahead": (8, TwoPass.schedule, "(verify, None)", "(Shape(verify.tree, draft.n_lookahead), None)"),
+    "verifies first": (10, TwoPass.schedule, "[(draft, None), (verify, None)]", "[(verify, None), (draft, None)]"),
+    "verifying looks ahead": (10, TwoPass.schedule, "(verify, None)", "(Shape(verify.tree, draft.n_lookahead), None)"),
     "drafts in the first turn": (
-        8, fused, "ahead = ([PromptLookup() for _ in texts.texts], 0)",
+        10, fused, "ahead = ([PromptLookup() for _ in texts.texts], 0)",
         "ahead = ([PromptLookup() for _ in texts.texts], 9)",
     ),
     "looks ahead as deep as it verifies": (
-        8, fused, "Shape(tree.cut(ahead), depth)", "Shape(tree.cut(ahead), tree.cut(ahead).depth[-1])",
+        10, fused, "Shape(tree.cut(ahead), depth)", "Shape(tree.cut(ahead), tree.cut(ahead).depth[-1])",
     ),
-    "tree not cut": (8, fused, "tree.cut(ahead)", "(tree if ahead else tree.cut(0))"),
-    "always the tree before": (8, fused, "ahead = depth", "ahead = max(ahead, depth)"),
-    "trees taken before their turns": (8, fused, "in trees:", "in joined([next(trees), next(trees)], trees):"),
-    "copies of the first turn": (8, fused, "if lookup else None", "if lookup and ahead == 0 else None"),
-    "groups left out": (8, fused, "Shape(tree.cut(ahead), depth)", "Shape(DraftTree(tree.cut(ahead).parents), depth)"),
-    "a chain of its own": (8, fused, "Shape(tree.cut(ahead), depth)", "Shape(chain(min(depth, ahead)), depth)"),
-    "copies not handed on": (8, fused, "depth), copied)", "depth), None)"),
-    "cut itself": (9, rows_after_cuts, "[..., None] + 1 +", "[..., None] +"),
-    "KL the wrong way": (9, lookahead_loss, "(log_q.exp() * (log_q - log_p))", "(log_p.exp() * (log_p - log_q))"),
+    "tree not cut": (10, fused, "tree.cut(ahead)", "(tree if ahead else tree.cut(0))"),
+    "always the tree before": (10, fused, "ahead = depth", "ahead = max(ahead, depth)"),
+    "trees taken before their turns": (10, fused, "in trees:", "in joined([next(trees), next(trees)], trees):"),
+    "copies of the first turn": (10, fused, "if lookup else None", "if lookup and ahead == 0 else None"),
+    "groups left out": (10, fused, "Shape(tree.cut(ahead), depth)", "Shape(DraftTree(tree.cut(ahead).parents), depth)"),
+    "a chain of its own": (10, fused, "Shape(tree.cut(ahead), depth)", "Shape(chain(min(depth, ahead)), depth)"),
+    "copies not handed on": (10, fused, "depth), copied)", "depth), None)"),
+    "cut itself": (11, rows_after_cuts, "[..., None] + 1 +", "[..., None] +"),
+    "KL the wrong way": (11, lookahead_loss, "(log_q.exp() * (log_q - log_p))", "(log_p.exp() * (log_p - log_q))"),
     "one mean for all positions": (
-        9, lookahead_loss, "squeeze(-1).mean((0, 1))", "squeeze(-1).mean().expand(n_lookahead)",
+        11, lookahead_loss, "squeeze(-1).mean((0, 1))", "squeeze(-1).mean().expand(n_lookahead)",
     ),
-    "bfloat16 kept": (9, lookahead_loss, "draft_logits.float()", "draft_logits"),
-    "text's bfloat16 kept": (9, lookahead_loss, "cuts, n_lookahead).float()", "cuts, n_lookahead)"),
-    "look-ahead rows backwards": (9, rows_after_cuts, "torch.arange(n_lookahead)", "torch.arange(n_lookahead).flip(0)"),
-    "cuts of the first text": (9, rows_after_cuts, "torch.from_numpy(cuts)", "torch.from_numpy(cuts[:1] + 0 * cuts)"),
-    "the text's token after": (9, lookahead_loss, "rows_after_cuts(targets,", "rows_after_cuts(targets.roll(-1, 1),"),
-    "twice the total variation": (9, lookahead_loss, "TV_SCALE * 0.5", "TV_SCALE"),
-    "target not detached": (9, lookahead_loss, "text_logits.detach()", "text_logits"),
+    "bfloat16 kept": (11, lookahead_loss, "draft_logits.float()", "draft_logits"),
+    "text's bfloat16 kept": (11, lookahead_loss, "cuts, n_lookahead).float()", "cuts, n_lookahead)"),
+    "look-ahead rows backwards": (11, rows_after_cuts, "arange(n_lookahead)", "arange(n_lookahead).flip(0)"),
+    "cuts of the first text": (11, rows_after_cuts, "torch.from_numpy(cuts)", "torch.from_numpy(cuts[:1] + 0 * cuts)"),
+    "the text's token after": (11, lookahead_loss, "rows_after_cuts(targets,", "rows_after_cuts(targets.roll(-1, 1),"),
+    "twice the total variation": (11, lookahead_loss, "TV_SCALE * 0.5", "TV_SCALE"),
+    "target not detached": (11, lookahead_loss, "text_logits.detach()", "text_logits"),
 }  # fmt: skip
 
 

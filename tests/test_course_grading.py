@@ -185,7 +185,21 @@ RIGHT = {
             drawn = sampling.draw(Distribution(q.tokens, left), keys[TARGET])
         return reached, drawn[torch.arange(n_batch), reached]
         """),
-    "the turn, always gathering": (7, "decode.py", "Decoder.turn", """
+    "keys text by text": (7, "decode.py", "Decoder.noise", """
+        keys = torch.empty(3, len(self.start), depth + 1, dtype=torch.int64)
+        for b in range(len(self.start)):
+            place = int(self.start[b]) + int(self.cache.length[b]) + 1
+            for d in range(depth + 1):
+                keys[:, b, d] = mix(self.keys[:, b, 0] + (place + d))
+        return keys
+        """),
+    "two half matrices": (8, "model.py", "DraftHead.forward", """
+        n = hidden.shape[-1]
+        left, right = self.c_fc.weight.split(n, 1)
+        inner = F.linear(hidden, left) + F.linear(before, right, self.c_fc.bias)
+        return self.c_proj(nn.GELU("tanh")(inner)).add(hidden)
+        """),
+    "the turn, always gathering": (9, "decode.py", "Decoder.turn", """
         nodes = shape.on(self.device, self.by_parent)
         keys = self.noise(max(shape.tree.depth))
         drafts = self.draft(shape.tree, nodes, handed, keys, copied)
@@ -204,16 +218,16 @@ RIGHT = {
         way = torch.gather(tokens, 1, nodes.path[last])[:, 1:]
         return Result(drafts, q, last, handed, torch.cat([n[:, None], last[:, None], root[:, None], way], 1))
         """),
-    "Algorithm 1 as a loop": (8, "decode.py", "TwoPass.schedule", """
+    "Algorithm 1 as a loop": (10, "decode.py", "TwoPass.schedule", """
         while True:
             yield Shape(n_lookahead=self.n_lookahead), None
             yield Shape(chain(self.n_lookahead)), None
         """),
-    "rows after cuts by slices": (9, "losses.py", "rows_after_cuts", """
+    "rows after cuts by slices": (11, "losses.py", "rows_after_cuts", """
         groups = [per_row[b, cut + 1 : cut + 1 + n_lookahead] for b, of_text in enumerate(cuts) for cut in of_text]
         return torch.stack(groups).unflatten(0, cuts.shape)
         """),
-    "F.kl_div": (9, "losses.py", "lookahead_loss", """
+    "F.kl_div": (11, "losses.py", "lookahead_loss", """
         n = draft_logits.shape[2]
         log_p = draft_logits.to(torch.float32).log_softmax(-1)
         if kind == "ce":
@@ -256,7 +270,7 @@ def test_helpers_and_imports_beside_an_exercise_are_taken_and_nothing_else_runs(
 def test_a_mistake_is_paid_in_its_own_exercise_alone():
     files = planted("layout.py", "visible.sum(-1) - 1", "visible.sum(-1)")
     assert any(outcomes(2, files))
-    assert not any(outcomes(9, files))  # which needs exercise 2
+    assert not any(outcomes(11, files))  # which needs exercise 2
 
 
 def test_a_syntax_error_an_exit_or_an_endless_loop_costs_its_exercise():
@@ -346,11 +360,11 @@ def test_what_cannot_be_read_costs_its_exercises_and_says_why(tmp_path):
         with pytest.raises(grade.Refused, match=said):
             grade.install(2, files)
     with pytest.raises(grade.Refused, match="no function TwoPass.schedule"):
-        grade.install(8, files)
+        grade.install(10, files)
 
 
 def test_a_students_zip_is_what_is_graded(tmp_path):
-    course.write_handout(tmp_path / "handout")
+    course.write_new(tmp_path / "handout", course.handout())
     for file, text in REAL.items():
         (tmp_path / "handout" / "minipass" / file).write_text(text, "utf-8")
     run = subprocess.run([sys.executable, "submit.py"], cwd=tmp_path / "handout", capture_output=True, text=True)
@@ -364,17 +378,17 @@ def test_a_students_zip_is_what_is_graded(tmp_path):
 
 
 def test_the_command_writes_a_table_a_csv_and_a_json(tmp_path, monkeypatch, capsys):
-    few = {number: EXERCISES[number] for number in (2, 8)}
+    few = {number: EXERCISES[number] for number in (2, 10)}
     monkeypatch.setattr(grade, "EXERCISES", few)
     zipped(tmp_path / "right.zip", REAL, "minipass/")
     zipped(tmp_path / "wrong.zip", planted("decode.py", "ahead = depth", "ahead = max(ahead, depth)"), "minipass/")
     grade.main([str(tmp_path), "--out", str(tmp_path / "out"), "--processes", "1"])
     rows = list(csv.reader((tmp_path / "out" / "grades.csv").open(encoding="utf-8")))
-    assert rows[0] == ["submission", "exercise 2", "exercise 8", "total"]
+    assert rows[0] == ["submission", "exercise 2", "exercise 10", "total"]
     assert rows[1:] == [["out of", "10", "6", "16"], ["right", "10", "6", "16"], ["wrong", "10", "5", "15"]]
     details = json.loads((tmp_path / "out" / "grades.json").read_text("utf-8"))["submissions"]
-    assert details["right"]["exercise 8"] == {"points": 6, "of": 6, "messages": []}
-    (message,) = details["wrong"]["exercise 8"]["messages"]
+    assert details["right"]["exercise 10"] == {"points": 6, "of": 6, "messages": []}
+    (message,) = details["wrong"]["exercise 10"]["messages"]
     assert message.startswith("a turn can verify a tree only as deep as the turn before looked ahead")
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:4]] == ["16", "16", "15"]
 
@@ -392,5 +406,5 @@ def test_the_autograder_for_gradescope_runs_in_a_clean_folder(tmp_path):
     )  # fmt: skip
     tests = json.loads((tmp_path / "results" / "results.json").read_text("utf-8"))["tests"]
     assert [test["max_score"] for test in tests] == [exercise.points for exercise in EXERCISES.values()]
-    assert [test["score"] for test in tests] == [0, 10, 0, 0, 0, 0, 0, 0, 0]
-    assert tests[1]["output"] == "" and tests[6]["output"] == "minipass/decode.py was not handed in"
+    assert [test["score"] for test in tests] == [0, 10, *[0] * 9]
+    assert tests[1]["output"] == "" and tests[8]["output"] == "minipass/decode.py was not handed in"

@@ -20,6 +20,7 @@ from conftest import (
 from minipass import decode, trees, weights
 from minipass.decode import Decoder, Engine, Fused, Handed, TwoPass
 from minipass.errors import InputError
+from minipass.extras.course.test_exercises import SlowHead
 from minipass.layout import path, with_groups
 from minipass.losses import lookahead_loss, random_cuts, training_pass
 from minipass.model import GPT
@@ -46,9 +47,7 @@ def with_head(model: GPT, seed: int = 0, std: float = 0.5) -> GPT:
 def by_hand(model: GPT, hidden: torch.Tensor, before: int) -> torch.Tensor:
     """Logits (V,) of one look-ahead row with hidden state (n_embd,) whose place comes after the token `before`."""
     state = F.layer_norm(hidden, hidden.shape, model.ln_f.weight, model.ln_f.bias, eps=1e-5)
-    head, told = model.draft_head, torch.cat([state, model.wte.weight[before]])
-    inner = F.gelu(head.c_fc.weight @ told + head.c_fc.bias, approximate="tanh")
-    return model.wte.weight @ (state + head.c_proj.weight @ inner + head.c_proj.bias)
+    return model.wte.weight @ SlowHead(model.draft_head)(state[None], model.wte.weight[before][None])[0]
 
 
 @pytest.fixture(scope="module")

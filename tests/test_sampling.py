@@ -1,11 +1,12 @@
-"""Noise against SplitMix64, distributions and the rejection rule against obvious references and what they promise."""
+"""Noise against SplitMix64, planted bugs, and what the rejection rule promises. Distributions, the race and the rule
+itself are tested by the course's graders, exercises 1, 4 and 5."""
 
 import itertools
 import math
 
 import pytest
 import torch
-from conftest import chi_square_p_value, random_model, sequence_probabilities, slow_distribution, slow_mix
+from conftest import random_model, sequence_probabilities, slow_mix
 from torch.overrides import TorchFunctionMode
 
 import minipass.decode
@@ -121,12 +122,6 @@ def test_the_hash_is_one_to_one_and_undone_step_by_step():
     assert [unmixed(slow_mix(x)) for x in range(1000)] == list(range(1000))
 
 
-def test_uniform_numbers_lie_strictly_between_0_and_1_even_at_the_hashs_ends():
-    extremes = torch.tensor([signed(unmixed(x)) for x in (0, 2**11 - 1, 2**64 - 1)])
-    numbers = uniform(torch.zeros(1, dtype=torch.int64), extremes)[0].tolist()
-    assert numbers == [2.0**-53, 2.0**-53, 1 - 2.0**-53]
-
-
 class Dtypes(TorchFunctionMode):
     """Notes the dtype of whatever torch computes."""
 
@@ -199,14 +194,6 @@ def test_bad_noise_is_caught(caught, monkeypatch):
 # The race.
 
 
-def test_the_race_draws_each_token_as_often_as_its_probability_says_and_never_one_of_probability_zero():
-    probs = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0], dtype=torch.float64)
-    for stream, keys in enumerate(keys_for(1, 20_000)[:, 0]):  # one text, many positions
-        given = whole((3 * probs).expand(20_000, -1))  # need not sum to 1
-        tokens = Sampling(1.0).draw(given, keys)
-        assert p_value(tokens, probs) > 1e-3, stream
-
-
 def test_a_race_with_one_number_for_all_tokens_is_caught(monkeypatch):
     monkeypatch.setattr(minipass.sampling, "uniform", lambda key, token: uniform(key, token * 0))
     probs = random_probs(1)[0]
@@ -220,88 +207,11 @@ def test_what_is_drawn_does_not_depend_on_which_tokens_of_probability_zero_are_l
     assert torch.equal(Sampling(1.0).draw(sparse, keys), Sampling(1.0).draw(dense, keys))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_several_draws_are_those_without_replacement_one_after_the_other(n):
-    probs = torch.tensor([0.45, 0.3, 0.0, 0.2, 0.05], dtype=torch.float64)
-    drawn = Sampling(1.0).draw(whole(probs.expand(12_000, -1)), keys_for(12_000)[DRAFT, :, 0], n)
-    expected = {}
-    for tokens in itertools.permutations([0, 1, 3, 4], n):
-        expected[tokens], left = 1.0, 1.0
-        for token in tokens:
-            expected[tokens] *= probs[token].item() / left
-            left -= probs[token].item()
-    assert sum(expected.values()) == pytest.approx(1)
-    assert chi_square_p_value(list(map(tuple, drawn.tolist())), expected) > 1e-3
-    with_replacement = {tokens: math.prod(probs[list(tokens)].tolist()) for tokens in expected}
-    if n > 1:
-        total = sum(with_replacement.values())
-        with_replacement = {tokens: p / total for tokens, p in with_replacement.items()}
-        assert chi_square_p_value(list(map(tuple, drawn.tolist())), with_replacement) < 1e-6
-
-
-def test_the_first_of_several_draws_is_the_single_one_and_greedy_draws_are_in_order():
-    given, keys = whole(random_probs(50)), keys_for(50)[TARGET, :, 0]
-    assert torch.equal(Sampling(1.0).draw(given, keys, 3)[:, 0], Sampling(1.0).draw(given, keys))
-    logits = given.probs.log()
-    likeliest = logits.topk(3).indices
-    assert torch.equal(Sampling().draw(Sampling().distribution(logits, 3), None, 3), likeliest)
-    assert torch.equal(Sampling().draw(Sampling().distribution(logits), None), likeliest[:, 0])
-
-
 # Target distributions.
 
 
 def dense(sampling: Sampling, logits: torch.Tensor, n: int = 1) -> torch.Tensor:
     return sampling.distribution(logits, n).dense(logits.shape[-1])
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"temperature": 0.0}, {"temperature": 0.7}, {"temperature": 3.0}]
-    + [{"temperature": 0.9, "top_k": k} for k in (1, 3, V, 100)]
-    + [{"temperature": 1.0, "top_p": p} for p in (1e-9, 0.3, 0.8, 0.999, 1.0)]
-    + [{"temperature": 0.8, "top_k": 4, "top_p": p} for p in (0.2, 0.7)],
-    ids=str,
-)
-def test_distributions_are_those_of_the_slow_definition(settings):
-    logits = 2 * torch.randn(40, V, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected = torch.tensor([slow_distribution(row, **settings) for row in logits.tolist()], dtype=torch.float64)
-    torch.testing.assert_close(dense(Sampling(**settings), logits), expected)
-
-
-def test_temperature_divides_the_logits():
-    logits = torch.randn(3, V, dtype=torch.float64)
-    torch.testing.assert_close(dense(Sampling(0.7), logits), (logits / 0.7).softmax(-1))
-
-
-def test_temperature_zero_puts_everything_on_the_most_likely_token():
-    logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 4.0, 4.9]])
-    assert dense(Sampling(), logits).tolist() == [[0, 1, 0], [1, 0, 0]]
-
-
-def test_greedy_gives_the_n_likeliest_in_order_with_everything_on_the_first():
-    given = Sampling().distribution(torch.tensor([[0.0, 3.0, 1.0, 2.0], [5.0, 4.0, 4.9, -1.0]]), 3)
-    assert given.tokens.tolist() == [[1, 3, 2], [0, 2, 1]]
-    assert given.probs.tolist() == [[1, 0, 0], [1, 0, 0]]
-    assert given.probs.dtype == torch.float64
-
-
-@pytest.mark.parametrize("k", [1, 3, V, 100])
-def test_top_k_leaves_the_k_likeliest_in_proportion(k):
-    logits = torch.randn(4, V, dtype=torch.float64)
-    probs, full = dense(Sampling(0.9, top_k=k), logits), (logits / 0.9).softmax(-1)
-    for row in range(4):
-        left = sorted(range(V), key=lambda token: -full[row, token])[:k]  # noqa: B023
-        expected = torch.zeros(V, dtype=torch.float64)
-        expected[left] = full[row, left] / full[row, left].sum()
-        torch.testing.assert_close(probs[row], expected)
-
-
-def test_top_k_leaves_exactly_k_when_there_are_ties():
-    for logits in (torch.zeros(2, V), torch.tensor([3.0, 1, 1, 1, 1, 1, 0, 0, 0]).repeat(2, 1)):
-        given = Sampling(1.0, top_k=4).distribution(logits)
-        assert (given.probs > 0).sum(-1).tolist() == [4, 4]
-        assert all(len(set(tokens)) == 4 for tokens in given.tokens.tolist())
 
 
 def test_more_draws_than_top_k_tokens_widen_it_for_drafts():
@@ -313,52 +223,12 @@ def test_more_draws_than_top_k_tokens_widen_it_for_drafts():
     assert Sampling(0.8, top_k=2, top_p=0.1).distribution(logits, 4).probs.gt(0).sum(-1).eq(1).all()
 
 
-@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.8, 0.999, 1.0])
-def test_top_p_leaves_the_fewest_likeliest_tokens_that_reach_it(top_p):
-    full = random_probs(200)
-    left = dense(Sampling(1.0, top_p=top_p), full.log())
-    for row, row_left in zip(full.tolist(), (left > 0).tolist(), strict=True):
-        chosen = sorted((p for p, is_left in zip(row, row_left, strict=True) if is_left), reverse=True)
-        assert chosen == sorted(row, reverse=True)[: len(chosen)], "the likeliest"
-        assert sum(chosen) >= top_p - 1e-12, "they reach it: the token that crosses it is among them"
-        assert sum(chosen[:-1]) < top_p, "and one fewer would not"
-
-
-@pytest.mark.parametrize(("top_p", "n_left"), [(0.25, 1), (0.2500001, 2), (0.5, 2), (0.75, 3), (0.7500001, 4)])
-def test_tokens_that_reach_top_p_exactly_are_enough(top_p, n_left):
-    probs = dense(Sampling(1.0, top_p=top_p), torch.zeros(1, 4))  # a quarter each, exactly
-    assert (probs > 0).sum() == n_left
-    torch.testing.assert_close(probs[probs > 0], torch.full((n_left,), 1 / n_left, dtype=torch.float64))
-
-
 def test_the_smallest_top_p_leaves_the_likeliest_token():
     logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 0.0]])
     for top_p in (1e-46, 5e-324):
         probs = dense(Sampling(1.0, top_p=top_p), logits)
         assert probs[0].tolist() == [0, 1, 0]
         assert sorted(probs[1].tolist()) == [0, 0, 1]
-
-
-def test_top_p_counts_what_top_k_left():
-    logits = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
-    # top-k 2 leaves 4/7 and 3/7. The first alone reaches 0.5, though it was 0.4 before; 0.6 takes both.
-    assert (dense(Sampling(1.0, 2, 0.5), logits) > 0).tolist() == [True, False, False, False]
-    expected = torch.tensor([4 / 7, 3 / 7, 0, 0], dtype=torch.float64)
-    torch.testing.assert_close(dense(Sampling(1.0, 2, 0.6), logits), expected)
-
-
-def test_top_p_counts_what_the_temperature_made():
-    logits = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
-    assert (dense(Sampling(1.0, top_p=0.5), logits) > 0).sum() == 2
-    assert (dense(Sampling(0.5, top_p=0.5), logits) > 0).sum() == 1  # 16 / 30 alone
-    assert (dense(Sampling(2.0, top_p=0.65), logits) > 0).sum() == 3
-
-
-@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-50, 1e-300])
-@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.9}], ids=str)
-def test_a_tiny_temperature_is_greedy_and_not_nan(temperature, settings):
-    logits = torch.tensor([[100.0, 3.0, 99.0]])
-    assert dense(Sampling(temperature, **settings), logits).tolist() == [[1, 0, 0]]
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.9}], ids=str)
@@ -368,20 +238,6 @@ def test_huge_logits_are_not_nan(settings):
     assert probs[0, [1, 3]].tolist() == [0, 0]
     large = torch.tensor([[1e4, 1e4 - 1, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(dense(Sampling(1.0), large), (large - 1e4).softmax(-1))
-
-
-def test_half_precision_logits_give_float64_probabilities():
-    for settings in ((0.0,), (1.0,), (1.0, 2), (1.0, None, 0.5)):
-        given = Sampling(*settings).distribution(torch.zeros(1, 4, dtype=torch.bfloat16))
-        assert (given.probs.dtype, given.tokens.dtype) == (torch.float64, torch.int64)
-
-
-@pytest.mark.parametrize("settings", [(0.0,), (0.7,), (0.7, 3), (0.7, None, 0.5), (0.7, 3, 0.5)])
-def test_the_logits_stay_as_they_were(settings):
-    logits = torch.randn(4, V, dtype=torch.float64)
-    before = logits.clone()
-    Sampling(*settings).distribution(logits, 5)
-    assert torch.equal(logits, before)
 
 
 @pytest.mark.parametrize(
@@ -427,11 +283,6 @@ def emitted(p: torch.Tensor, q: Distribution) -> torch.Tensor:
 PAIRS = [(random_probs(5, seed=a, v=5)[a], whole(random_probs(5, seed=b, v=5)[a])) for a in range(3) for b in (3, 4)]
 
 
-def test_a_draft_is_accepted_with_probability_min_1_q_over_p():
-    for p, q in PAIRS:
-        torch.testing.assert_close(p * acceptance(p, q), torch.minimum(p, q.probs))
-
-
 def test_what_comes_out_of_one_draft_has_the_target_distribution_exactly():
     for p, q in PAIRS:
         torch.testing.assert_close(emitted(p, q), q.probs)
@@ -467,41 +318,6 @@ def test_a_wrong_rejection_rule_is_caught(bug, monkeypatch):
     monkeypatch.setattr(minipass.sampling, "reject", with_change(BAD_REJECTION[bug]))
     for p, q in PAIRS:
         assert (emitted(p, q) - q.probs).abs().max() > 1e-3
-
-
-def test_the_residual_is_normalised_and_what_is_left_of_p_lacks_the_draft():
-    for p, q in PAIRS:
-        _, residual, p_left = reject_each(3 * p, q, 0.5)  # p need not be normalised
-        excess = (q.probs - p).clamp(min=0)
-        torch.testing.assert_close(residual, (excess / excess.sum()).expand(5, -1))
-        torch.testing.assert_close(p_left, p * (1 - torch.eye(5, dtype=torch.float64)))
-
-
-def test_equal_distributions_accept_every_draft_and_the_residual_falls_back_to_the_target():
-    p = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0], dtype=torch.float64)
-    accepted, residual, _ = reject_each(p, whole(p), u=1 - 2.0**-53)
-    assert accepted.tolist() == [False, True, False, True, False]
-    assert torch.equal(residual, p.expand(5, -1))  # q - p is 0 everywhere
-
-
-def test_a_draft_that_was_never_drawn_is_not_accepted_and_leaves_the_target_as_it_is():
-    q = whole(random_probs(1, v=5)[0])
-    for p in (torch.tensor([0.0, 0.5, 0.25, 0.25, 0.0]).double(), torch.zeros(5).double()):
-        accepted, residual, p_left = reject_each(p, q, u=2.0**-53)
-        assert accepted.tolist() == (p > 0).tolist()
-        assert torch.equal(residual[p == 0], q.probs.expand(5, -1)[p == 0])
-        assert torch.equal(p_left[0], p)
-
-
-def test_a_target_with_few_tokens_gives_the_same_as_with_all():
-    generator = torch.Generator().manual_seed(0)
-    p, logits = random_probs(500, 2, v=8), torch.randn(500, 2, 8, generator=generator)
-    draft, u = torch.randint(8, (500, 2), generator=generator), torch.rand(500, 2, generator=generator).double()
-    sparse = Sampling(1.0, top_k=3).distribution(logits)
-    outcomes = [reject(draft, p, q, u) for q in (sparse, whole(sparse.dense(8)))]
-    assert torch.equal(outcomes[0][0], outcomes[1][0])
-    torch.testing.assert_close(Distribution(sparse.tokens, outcomes[0][1]).dense(8), outcomes[1][1])
-    assert torch.equal(outcomes[0][2], outcomes[1][2])
 
 
 # A chain of drafts: the paper's acceptance.
@@ -595,14 +411,6 @@ def test_disjoint_distributions_accept_none():
     _, n_accepted, next_token = accept_many(p, q, n=10)
     assert n_accepted.eq(0).all()
     assert next_token.eq(1).all()
-
-
-def test_a_greedy_target_accepts_the_drafts_that_it_would_have_chosen():
-    drafts, eye = torch.tensor([[4, 2], [4, 3], [1, 2]]), torch.eye(V).double()
-    q = Sampling().distribution(eye[torch.tensor([4, 2, 7])].expand(3, -1, -1))
-    last, next_token = accept(Shape(chain(2)).on(CPU), Drafts(drafts), q, Sampling(), keys_for(3, 3))
-    assert last.tolist() == [2, 1, 0]
-    assert next_token.tolist() == [7, 2, 4]
 
 
 # Whole texts, many of them.

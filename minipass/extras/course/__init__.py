@@ -1,9 +1,9 @@
-"""The course: `python -m minipass.extras.course FOLDER` writes a handout in which nine exercises are to be written.
+"""The course: `python -m minipass.course FOLDER` writes a handout in which eleven exercises are to be written.
 With `grade FOLDER...` it grades submissions (grade.py), `gradescope FOLDER` writes an autograder for Gradescope, `key
-FOLDER` solutions and rubrics, and `submit FOLDER` packs a submission, as a handout's submit.py does.
+FOLDER` solutions, rubrics and slides, and `submit FOLDER` packs a submission, as a handout's submit.py does.
 
-A handout is this package with the bodies of the exercises' functions taken out, their graders, and ASSIGNMENT.md.
-grading.py lists these functions; they are found in the syntax tree, so the code carries no marks.
+A handout is this package with the bodies of the exercises' functions taken out, their graders, a trained model, and
+ASSIGNMENT.md. grading.py lists these functions; they are found in the syntax tree, so the code carries no marks.
 """
 
 import argparse
@@ -15,12 +15,19 @@ from pathlib import Path
 
 from minipass.errors import InputError
 from minipass.extras.course.grading import EXERCISES, placeholder
+from minipass.extras.course.slides import slides
 from minipass.extras.course.submit import submit
+from minipass.extras.course.variant import Variant
 
 COURSE = Path(__file__).parent
 PACKAGE = COURSE.parents[1]
 FOLDERS = (PACKAGE, PACKAGE / "extras", PACKAGE / "extras" / "benchmark")  # whose .py files are handed out
 SCRIPTS = ("bench.py", "sample.py", "train_tiny.py")  # beside the package, where it comes from a clone
+TRAINED = ("joint.pt", "smollm2.safetensors", "smollm2-table.safetensors")  # what is handed out
+NOT_VARIED = (  # the names themselves, JavaScript
+    "course/minipass/extras/course/variant.py",
+    "course/minipass/extras/trace_page.py",
+)
 PYPROJECT = """[tool.pytest.ini_options]
 pythonpath = ["."] # this folder's minipass, not one that is installed
 testpaths = ["tests"]
@@ -31,38 +38,61 @@ markers = [
 
 
 def write_handout(folder: Path) -> None:
-    write_new(folder, handout())
+    write_new(folder, handout() | trained())
 
 
-def write_key(folder: Path) -> None:
-    """Writes what is for teachers alone: the solutions, rubrics, hours, mistakes that are often made."""
-    files = {"TEACHER.md": (COURSE / "TEACHER.md").read_text("utf-8")}
+def write_key(folder: Path, seed: int | None = None) -> None:
+    """Writes what is for teachers alone: solutions, rubrics, hours, mistakes that are often made, slides.
+
+    seed: of a variant (variant.py), whose key is written then, and the package as it is in this variant.
+    """
+    files = {"TEACHER.md": (COURSE / "TEACHER.md").read_text("utf-8"), "slides.html": slides()}
     for number, exercise in EXERCISES.items():
         for file, name in exercise.functions:
             source = (PACKAGE / file).read_text("utf-8")
             code = ast.get_source_segment(source, functions(ast.parse(source))[name], padded=True)
             files[f"exercise_{number}/{name}.py"] = f"# minipass/{file}\n{textwrap.dedent(code)}\n"
-    write_new(folder, files)
+    write_new(folder, files if seed is None else varied(files, seed))
 
 
-def write_new(folder: Path, files: dict[str, str]) -> None:
+def varied(key: dict[str, str], seed: int) -> dict[str, str | bytes]:
+    """A variant's key, and in `course` the package as it is in this variant."""
+    paths = (*PACKAGE.rglob("*.py"), *COURSE.glob("*.md"))
+    package = {f"course/{path.relative_to(PACKAGE.parent).as_posix()}": path.read_text("utf-8") for path in paths}
+    variant = Variant(seed, [text for name, text in package.items() if name.endswith(".py")])
+    package |= {f"course/{name}": text for name, text in scripts().items()}
+    files = dict(each if each[0] in NOT_VARIED else variant.file(*each) for each in (key | package).items())
+    return files | {f"course/{name}": content for name, content in trained().items()}
+
+
+def write_new(folder: Path, files: dict[str, str | bytes]) -> None:
     """Writes files by their paths. Raises InputError when `folder` has something in it or cannot be written."""
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise InputError(f"{folder} is there already and not an empty folder; name a new one")
-        for name, text in files.items():
+        for name, content in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(text, "utf-8")
+            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}") from error
+
+
+def trained() -> dict[str, bytes]:
+    """Models, by their paths in a handout."""
+    return {f"minipass/checkpoints/{name}": (PACKAGE / "checkpoints" / name).read_bytes() for name in TRAINED}
+
+
+def scripts() -> dict[str, str]:
+    paths = [PACKAGE.parent / name for name in SCRIPTS]
+    return {path.name: path.read_text("utf-8") for path in paths if path.is_file()}
 
 
 def handout(exercises: Iterable[int] = tuple(EXERCISES)) -> dict[str, str]:
     """The text of each file of a handout by its path; `exercises` are those to be written."""
     exercises = tuple(exercises)
-    sources = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
+    sources = sorted(path for folder in FOLDERS for path in folder.glob("*.py") if path.name != "course.py")
     files = {path.relative_to(PACKAGE.parent).as_posix(): with_gaps(path, exercises) for path in sources}
-    files |= {name: (PACKAGE.parent / name).read_text("utf-8") for name in SCRIPTS if (PACKAGE.parent / name).is_file()}
+    files |= scripts()
     files["tests/conftest.py"] = (COURSE / "grading.py").read_text("utf-8")
     for file in {file for exercise in EXERCISES.values() for file, _ in exercise.functions}:
         files[f"tests/blank/{file}"] = with_gaps(PACKAGE / file, EXERCISES)
@@ -108,21 +138,39 @@ def main() -> None:
         from minipass.extras.course import grade  # needs pytest, as writing a handout does not
 
         grade.main(arguments)
-    elif command == "gradescope" and arguments:
-        from minipass.extras.course.gradescope import write_autograder
-
-        print(f"wrote {write_autograder(Path(arguments[0]))}")
-    elif command == "key" and arguments:
-        write_key(Path(arguments[0]))
-        print(f"wrote solutions and rubrics into {arguments[0]}; begin with TEACHER.md")
-    elif command == "submit":
-        print("\n".join(submit(Path(*arguments[:1]))))
-    else:
+        return
+    others = {"gradescope": "an autograder", "key": "solutions, rubrics and slides", "submit": "submission.zip"}
+    if command in others:
         parser = argparse.ArgumentParser(
-            prog="python -m minipass.extras.course",
-            description="Writes a handout. Others: grade --help, gradescope FOLDER, key FOLDER, submit FOLDER.",
+            prog=f"python -m minipass.course {command}", description=f"Writes {others[command]}."
         )
-        parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty folder")
-        folder = parser.parse_args().folder
-        write_handout(folder)
-        print(f"wrote the handout into {folder}; begin with {folder / 'ASSIGNMENT.md'}")
+        if command == "submit":
+            parser.add_argument("folder", type=Path, nargs="?", default=Path(), metavar="HANDOUT", help="default: here")
+        else:
+            parser.add_argument("folder", type=Path, metavar="FOLDER", help="where it is written")
+        if command == "key":
+            parser.add_argument("--variant", type=int, metavar="SEED", help="rename and reorder, so that public "
+                                "solutions do not fit; the package so changed is written, too")  # fmt: skip
+        given = parser.parse_args(arguments)
+        if command == "gradescope":
+            from minipass.extras.course.gradescope import write_autograder
+
+            print(f"wrote {write_autograder(given.folder)}")
+        elif command == "key":
+            write_key(given.folder, given.variant)
+            print(f"wrote solutions, rubrics and slides into {given.folder}; begin with TEACHER.md")
+            if given.variant is not None:
+                print(
+                    f"this variant's handout, graders and autograder: the same commands, in {given.folder / 'course'}"
+                )
+        else:
+            print("\n".join(submit(given.folder)))
+        return
+    parser = argparse.ArgumentParser(
+        prog="python -m minipass.course",
+        description="Writes a handout. Others: grade, gradescope, key and submit, each with --help.",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty folder")
+    folder = parser.parse_args().folder
+    write_handout(folder)
+    print(f"wrote the handout into {folder}; begin with {folder / 'ASSIGNMENT.md'}")

@@ -1,4 +1,4 @@
-"""Grades a class: `python -m minipass.extras.course grade FOLDER...`, submissions as folders or zips.
+"""Grades a class: `python -m minipass.course grade FOLDER...`, submissions as folders or zips.
 
 Of a submission only the functions of the exercises are read, with imports and helpers that stand beside them. Each
 exercise runs in a process of its own, in the real package with the student's code for this exercise alone: a mistake
@@ -55,7 +55,7 @@ class Job(NamedTuple):
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m minipass.extras.course grade", description="Grades submissions.")
+    parser = argparse.ArgumentParser(prog="python -m minipass.course grade", description="Grades submissions.")
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="a submission (folder or zip), or many")
     parser.add_argument("--out", type=Path, default=Path("."), metavar="FOLDER", help="for grades.csv and grades.json")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`python -m minipass.extras.course gradescope FOLDER` writes FOLDER/autograder.zip, which Gradescope takes as it is.
+"""`python -m minipass.course gradescope FOLDER` writes FOLDER/autograder.zip, which Gradescope takes as it is.
 
 Gradescope runs setup.sh once. For each submission it then unpacks the zip into /autograder/source, what was handed in
 into /autograder/submission, runs run_autograder and reads /autograder/results/results.json.

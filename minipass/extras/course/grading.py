@@ -33,9 +33,11 @@ EXERCISES = {
     4: Exercise("Noise and the race", 8, (), (("sampling.py", "uniform"), ("sampling.py", "Sampling.draw"))),
     5: Exercise("The acceptance rule", 10, (), (("sampling.py", "reject"),)),
     6: Exercise("Acceptance along a tree", 12, (2, 4, 5), (("trees.py", "accept"),)),
-    7: Exercise("The turn", 16, (1, 2, 3, 4, 5, 6), (("decode.py", "Decoder.turn"),)),
-    8: Exercise("Schedules", 6, (), (("decode.py", "TwoPass.schedule"), ("decode.py", "fused"))),
-    9: Exercise("The look-ahead loss", 8, (2,), (("losses.py", "rows_after_cuts"), ("losses.py", "lookahead_loss"))),
+    7: Exercise("The coupled rule", 4, (), (("decode.py", "Decoder.noise"),)),
+    8: Exercise("The draft head", 4, (), (("model.py", "DraftHead.forward"),)),
+    9: Exercise("The turn", 16, (1, 2, 3, 4, 5, 6, 7), (("decode.py", "Decoder.turn"),)),
+    10: Exercise("Schedules", 6, (), (("decode.py", "TwoPass.schedule"), ("decode.py", "fused"))),
+    11: Exercise("The look-ahead loss", 8, (2,), (("losses.py", "rows_after_cuts"), ("losses.py", "lookahead_loss"))),
 }
 PACKAGE = Path(__file__).parents[1] / "minipass"  # of the handout
 broken: dict[str, str] = {}  # files with a syntax error, and where
@@ -122,7 +124,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
                     reason = (crash.message if crash else str(report.longrepr)).splitlines()[0].removeprefix("Failed: ")
                     unwritten = reason.startswith("NotImplementedError: Exercise ") or reason in broken.values()
                     notes[mark].append(reason if unwritten else f"-{points}: {reason.removeprefix('AssertionError: ')}")
-    for mark in sorted(gained.keys() | notes.keys()):
+    for mark in sorted(gained.keys() | notes.keys(), key=_number):
         exercise = EXERCISES[_number(mark)]
         terminalreporter.section(f"Exercise {_number(mark)}, {exercise.title}")
         terminalreporter.line(f"{gained[mark]} of {exercise.points} points")

@@ -1,8 +1,0 @@
-import sys
-
-from minipass.cli import run_script
-from minipass.extras.course import main
-
-if __name__ == "__main__":
-    sys.argv[0] = "minipass.extras.course"  # what an error begins with
-    run_script(main)
