@@ -17,7 +17,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -48,7 +48,7 @@ from minipass.data import (
     split_documents,
 )
 from minipass.errors import InputError
-from minipass.files import atomic_write, heedless
+from minipass.files import atomic_write, explained, heedless
 from minipass.model import GPT, GPTConfig, is_drafting
 from minipass.own_text import own_text
 from minipass.pretrained import SMOLLM2, is_pretrained, is_shipped
@@ -58,7 +58,17 @@ from minipass.tokenizer import build_encoding, gpt2_encoding, train_bpe
 MAY_DIFFER = ("out", "resume", "device", "dtype", "minutes", "save_every", "accumulate", "checkpoint_activations")
 
 SELF = "self"  # as a corpus: text that the model writes itself
-LARGEST = 1e30  # of an option: a float32 holds little more
+SIZES = {  # of GPTConfig, which options set
+    "vocab_size": "tokens of a new tokenizer",
+    "block_size": "context window",
+    "n_layer": "layers",
+    "n_head": "attention heads",
+    "n_embd": "width",
+    "n_lookahead": "look-ahead tokens",
+}
+POSITIVE = "steps minutes batch_size accumulate lr lookahead_weight position_decay window groups own_tokens".split()
+POSITIVE += "eval_every eval_windows save_every".split()
+LARGEST = 1e30  # of these options: a float32 holds little more
 MINUTES = 10.0  # of a run without --steps and --minutes
 VALIDATIONS = 6  # in a run at least
 LONGEST_WINDOW = 1024  # of a text in training, unless --window says so
@@ -70,99 +80,62 @@ WIDEST, WIDE_LR = 512, 0.5  # of Muon's matrices the narrow side at most; what i
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--stage",
-        choices=("base", "lookahead", "joint"),
-        default="joint",
-        help="what to train (default: joint)",
-    )
+    # fmt: off
+    add("--stage", choices=("base", "lookahead", "joint"), default="joint", help="what to train (default: joint)")
     add("--out", type=Path, default=Path("runs/tiny"), help="folder of the run (default: %(default)s)")
     add("--init", metavar="CHECKPOINT", help="start from these weights and this tokenizer: a file, or a model of "
-        "others: smollm2, a GGUF, a folder of a GPT-2 or Llama, or its name on the hub")  # fmt: skip
-    add("--adapters", metavar="FILE", help="of --init, to train on")
+        "others: smollm2, a GGUF, a folder of a GPT-2 or Llama, or its name on the hub")
+    add("--adapters", metavar="FILE", help="of --init, to train on: a file, or the folder of the run that wrote it")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--data", nargs="+", default=["python"], metavar="SOURCE", help="python, installed, docstrings, a UTF-8 file "
         "or folder, or self: text that --init writes itself, from beginnings out of the other sources. Of several, "
-        "each gives the same share of the windows (default: python)")  # fmt: skip
+        "each gives the same share of the windows (default: python)")
     add("--own-tokens", type=int, default=200_000, help="tokens of self (default: %(default)s)")
     add("--tokenizer", default="bpe", choices=("bpe", "gpt2"), help="bpe trains one on the data (default)")
     add("--steps", type=int, help="optimiser steps")
-    add("--minutes", type=float, help="stop after this time (default: as the run that goes on; without "
-        f"--steps: {MINUTES:.0f})")  # fmt: skip
+    add("--minutes", type=float, help="stop after this time (default: as the run that goes on; without --steps: "
+        f"{MINUTES:.0f})")
     add("--batch-size", type=int, default=16, help="windows in a step, of all processes (default: %(default)s)")
     add("--accumulate", type=int, default=1, help="parts that a process takes its windows in, to save memory")
     add("--checkpoint-activations", action="store_true", help="compute each block twice, to save memory")
     add("--lr", type=float, help="peak learning rate (default: 0.004; lookahead stage: 0.02)")
-    add(
-        "--decay",
-        type=float,
-        default=0.4,
-        help="share of the run over which it falls to 0 (default: %(default)s)",
-    )
+    add("--decay", type=float, default=0.4, help="share of the run over which it falls to 0 (default: %(default)s)")
     add("--loss", default="kl-tv", choices=(*losses.LOOKAHEAD_LOSSES, "kl-tv"), help="look-ahead loss; kl-tv "
-        "changes from kl to tv for the last quarter (default: %(default)s)")  # fmt: skip
-    add(
-        "--lookahead-weight",
-        type=float,
-        default=0.5,
-        help="joint: weight of that loss (default: %(default)s)",
-    )
-    add(
-        "--position-decay",
-        type=float,
-        default=0.6,
-        help="weight of a look-ahead position's loss over that of the one before it (default: %(default)s)",
-    )
+        "changes from kl to tv for the last quarter (default: %(default)s)")
+    add("--lookahead-weight", type=float, default=0.5, help="joint: weight of that loss (default: %(default)s)")
+    add("--position-decay", type=float, default=0.6, help="weight of a look-ahead position's loss over that of the "
+        "one before it (default: %(default)s)")
     add("--head", default="mlp", choices=("mlp", "none"), help="with a draft head, which knows the token before each "
-        "draft, or none: the paper's recipe (default: %(default)s)")  # fmt: skip
+        "draft, or none: the paper's recipe (default: %(default)s)")
     add("--lora-rank", type=int, help="lookahead: rank of the gated adapters of each matrix of the base, which act "
-        "on look-ahead rows alone (default: as in --adapters, else 0)")  # fmt: skip
+        "on look-ahead rows alone (default: as in --adapters, else 0)")
     add("--window", type=int, help=f"tokens of a text (default: the context window, at most {LONGEST_WINDOW})")
     add("--groups", type=int, default=16, help="look-ahead groups in each window; of the shorter ones as many as have "
-        "the same number of rows (default: %(default)s)")  # fmt: skip
-    for name, text in {
-        "vocab-size": "tokens of a new tokenizer",
-        "block-size": "context window",
-        "n-layer": "layers",
-        "n-head": "attention heads",
-        "n-embd": "width",
-        "n-lookahead": "look-ahead tokens",
-    }.items():
-        default = getattr(GPTConfig, name.replace("-", "_"))
-        add(f"--{name}", type=int, help=f"{text} (default: as in --init, else {default})")
+        "the same number of rows (default: %(default)s)")
+    for name, text in SIZES.items():
+        default = getattr(GPTConfig, name)
+        add(f"--{name.replace('_', '-')}", type=int, help=f"{text} (default: as in --init, else {default})")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="autocast to float32, bfloat16 or float16; auto measures nothing and takes "
-        "bfloat16 where the hardware has it (default)")  # fmt: skip
+        "bfloat16 where the hardware has it (default)")
     add("--eval-every", type=int, default=250, help="steps between validations, of which there are at least "
-        f"{VALIDATIONS} (default: %(default)s)")  # fmt: skip
+        f"{VALIDATIONS} (default: %(default)s)")
     add("--eval-windows", type=int, default=64, help="held-out texts of a validation (default: %(default)s)")
     add("--save-every", type=int, default=250, help="steps between checkpoints (default: %(default)s)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of first weights, batches and text of self (default: %(default)s)")
+    # fmt: on
     args = parser.parse_args()
-    for name in (
-        "steps",
-        "minutes",
-        "batch_size",
-        "accumulate",
-        "lr",
-        "eval_every",
-        "eval_windows",
-        "save_every",
-        "own_tokens",
-        "window",
-        "lookahead_weight",
-        "position_decay",
-    ):
+    for name in POSITIVE:
         value = getattr(args, name)
         if value is not None and not (0 < value < LARGEST):
             bound = "greater than 0" if value < LARGEST or math.isnan(value) else f"less than {LARGEST:g}"
             raise InputError(f"--{name.replace('_', '-')} must be {bound}, not {value}")
     if not 0 <= args.decay <= 1:
         raise InputError(f"--decay must lie in [0, 1], not {args.decay}")
-    if args.groups < 1:
-        raise InputError(f"--groups must be at least 1, not {args.groups}")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2**63 - 1, not {args.seed}")
+    if args.adapters and not args.init:
+        raise InputError("--adapters are those of a model: name it with --init")
     if args.lr is None:
         args.lr = 0.02 if args.stage == "lookahead" else 0.004
     return args
@@ -170,8 +143,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def start(args: argparse.Namespace, train_documents) -> weights.Checkpoint:
     """Model (on the CPU, float32), encoding and the record of earlier training: new, or from --init."""
-    given = {name: getattr(args, name, None) for name in GPTConfig.__dataclass_fields__}
-    sizes = {name: value for name, value in given.items() if value is not None}
+    sizes = {name: getattr(args, name) for name in (*SIZES, "lora_rank") if getattr(args, name) is not None}
     torch.manual_seed(args.seed)
     if args.init:
         loaded = weights.load_base(args.init)
@@ -179,17 +151,18 @@ def start(args: argparse.Namespace, train_documents) -> weights.Checkpoint:
         record = weights.load_adapters(model, args.adapters) if args.adapters else loaded.record
         if args.stage != "base" and model.config.n_lookahead == 0:  # such as a GPT-2
             sizes.setdefault("n_lookahead", GPTConfig.n_lookahead)
+        if args.stage != "base":
+            sizes["n_draft"] = 0 if args.head == "none" else model.config.n_draft or 2 * model.config.n_embd
         wanted = GPTConfig(**(vars(model.config) | sizes))
-        if wanted.n_lookahead != model.config.n_lookahead:  # the table alone may be made anew, of any length
+        if wanted.n_lookahead != model.config.n_lookahead:  # what only drafting reads may be made anew, of any size
             model.new_lookahead(wanted.n_lookahead)
-        if args.stage != "base" and (args.head == "none") == (model.draft_head is not None):
-            model.new_draft_head(0 if args.head == "none" else 2 * model.config.n_embd)
-            wanted = replace(wanted, n_draft=model.config.n_draft)
-        if args.lora_rank not in (None, model.config.lora_rank):
-            model.new_adapters(args.lora_rank)
-            wanted = replace(wanted, lora_rank=args.lora_rank)
-        if wanted != model.config:
-            raise InputError(f"--init has the sizes {model.config}, which cannot be changed to {wanted}")
+        if wanted.n_draft != model.config.n_draft:
+            model.new_draft_head(wanted.n_draft)
+        if wanted.lora_rank != model.config.lora_rank:
+            model.new_adapters(wanted.lora_rank)
+        for name, value in vars(wanted).items():
+            if value != getattr(model.config, name):
+                raise InputError(f"--init has {name} {getattr(model.config, name)}, which cannot be changed to {value}")
         return replace(loaded, record=record)
     if args.stage == "lookahead":
         raise InputError("--stage lookahead trains the table of a finished base: name it with --init")
@@ -311,15 +284,23 @@ def located(settings: dict) -> dict:
     return settings | places | {"data": [place(source) for source in settings["data"]]}
 
 
+def damaged(last: Path) -> AbstractContextManager[None]:
+    """What goes wrong inside is the fault of the training state in that file."""
+    return explained(f"{last} holds a damaged training state, or that of another version")
+
+
 def unfinished_run(last: Path, args: argparse.Namespace) -> weights.Checkpoint:
     """The checkpoint to go on from, with its --steps and --minutes where args have none.
 
-    Raises InputError when it is none, or its run had other settings.
+    Raises InputError when there is none, or its run had other settings.
     """
+    if not os.path.exists(last):
+        raise InputError(f"there is no run in {last.parent} to go on with")
     loaded = weights.load(last)
     if loaded.training is None:
         raise InputError(f"{last} holds no training state to go on with")
-    settings = located(loaded.training["settings"])
+    with damaged(last):
+        settings = located(loaded.training["settings"])
     if args.steps is None:
         args.steps = settings.get("steps")
     if args.minutes is None:
@@ -403,6 +384,8 @@ class Trainer:
         """Begins a run, or continues the one in --out. Raises InputError when that is not possible."""
         self.args, self.device, self.rank, self.world = args, device, rank, world
         dtype = choose_dtype(args.dtype, device)
+        if dtype == torch.float64:
+            raise InputError("--dtype must be auto, float32, bfloat16 or float16 in training, not float64")
         self.autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.share, rest = divmod(args.batch_size, world * args.accumulate)  # windows in one forward pass
@@ -424,11 +407,13 @@ class Trainer:
         self.step, self.seconds, self.history = 0, 0.0, []
         if loaded:
             state = loaded.training
-            self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            if state.get("scaler"):  # that of another number type is empty
-                self.scaler.load_state_dict(state["scaler"])
+            with damaged(self.last):
+                self.step, self.seconds = int(state["step"]), float(state["seconds"])
+                self.history = [dict(entry) for entry in state["history"]]
+                for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                    optimizer.load_state_dict(saved)
+                if state.get("scaler"):  # that of another number type is empty
+                    self.scaler.load_state_dict(state["scaler"])
         else:
             self.save()  # now: a folder that cannot be written is known before hours are spent
 
@@ -436,15 +421,15 @@ class Trainer:
         """Model and encoded corpus, of the run that continues or new ones."""
         args = self.args
         sources = sorted(args.data, key=lambda source: source == SELF)  # which needs another's beginnings
-        if SELF in sources and (len(sources) == 1 or not args.init):
-            raise InputError("--data self needs a model to write, --init, and another source that its texts begin with")
+        if SELF in sources and (not args.init or SELF in sources[:-1] or len(sources) == 1):
+            raise InputError("--data self, given once, needs --init to write it and another source for its beginnings")
         files = [[args.out / f"{part}-{i}.tokens" for part in ("train", "heldout")] for i in range(len(sources))]
         found = digest_of(joined(*files))
         was = loaded.training.get("corpus", found) if loaded else None  # older runs do not say
         encoded = loaded and found is not None and found == was
         parts = [] if encoded else [split_documents(find_documents(each)) for each in sources if each != SELF]
         if loaded:
-            self.parents = loaded.training["parents"]
+            self.parents = loaded.training.get("parents", [])
         else:
             loaded = start(args, [*joined(*(train for train, _ in parts))])
             own = {key: value for key, value in loaded.record.items() if key != "parents"}
@@ -633,7 +618,7 @@ def main() -> None:
     if trainer.progress() < 1:
         print(f"stopped after step {trainer.step}; the same command with --resume continues")
         return
-    result = args.out / ("adapters.safetensors" if trainer.base else "model.pt")
+    result = args.out / (weights.ADAPTERS if trainer.base else weights.MODEL)
     model = f"{trainer.base} --adapters {result}" if trainer.base else result
     if finished and os.path.isfile(result):
         longer = f"{'more --minutes, or ' if args.minutes else ''}--init {model} and another --out"

@@ -1,6 +1,7 @@
 """What the three scripts share: choosing device and dtype, and one clear sentence instead of a traceback."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+SHORTAGE = re.compile("out of memory|allocate memory|size calculation overflowed")  # as torch's RuntimeErrors say it
 
 
 def choose_device(name: str) -> torch.device:
@@ -59,8 +61,12 @@ def run_script(main: Callable[[], None]) -> None:
         finally:  # also after --help, which ends with SystemExit
             print(end="", flush=True)
     except InputError as error:
-        sentence = " ".join(str(error).split())
-        print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
+        _say(str(error))
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not SHORTAGE.search(str(error)):
+            raise
+        _say("there is not enough memory: take a smaller model, batch or window")
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -69,9 +75,13 @@ def run_script(main: Callable[[], None]) -> None:
         _discard_output()
         sys.exit(0)
     except OSError as error:  # standard output takes no more, as on a full disk, or standard input gives nothing
-        print(f"{os.path.basename(sys.argv[0])}: {error.strerror or error}", file=sys.stderr)
+        _say(error.strerror or str(error))
         _discard_output()
         sys.exit(2)
+
+
+def _say(sentence: str) -> None:
+    print(f"{os.path.basename(sys.argv[0])}: {' '.join(sentence.split())}", file=sys.stderr)
 
 
 def _discard_output() -> None:

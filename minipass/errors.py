@@ -13,9 +13,13 @@ def whole(value: Any, name: str, least: int, most: float = math.inf) -> int:
     """`value` as an int: Python's, numpy's, or a tensor of one. Raises InputError for all else, or out of bounds."""
     bounds = f"of at least {least}" if most == math.inf else f"in {least}..{most}"
     try:
-        number = operator.index(value)
+        number = math.nan if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        raise InputError(f"{name} must be a whole number {bounds}, not {value!r:.60}") from None
+        number = math.nan
     if not least <= number <= most:
-        raise InputError(f"{name} must be a whole number {bounds}, not {number}")
+        try:
+            shown = repr(value)[:60]
+        except ValueError:  # Python prints no whole number of more than 4300 digits
+            shown = "one of thousands of digits"
+        raise InputError(f"{name} must be a whole number {bounds}, not {shown}")
     return number

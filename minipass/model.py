@@ -61,7 +61,8 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             if field.type is int:
-                whole(getattr(self, field.name), field.name, 0 if field.name in MAY_BE_0 else 1)
+                size = whole(getattr(self, field.name), field.name, 0 if field.name in MAY_BE_0 else 1)
+                object.__setattr__(self, field.name, size)  # a plain int, which JSON and torch.load take
         for name in ("rope_theta", "norm_eps"):
             value = getattr(self, name)
             if not isinstance(value, Real) or not 0 < value < math.inf:
@@ -136,7 +137,7 @@ class KVCache:
 
         What a mask hides counts 0 times, and 0 times infinity would reach every row: as of look-ahead rows in float16.
         """
-        self.pairs[layer][self.batch, slots] = pairs.nan_to_num(0, 0, 0)
+        self.pairs[layer][self.batch, slots] = pairs.nan_to_num(0, 0, 0).to(self.pairs.dtype)  # autocast has its own
         return self.pairs[layer]
 
     def select(self, texts: torch.Tensor) -> None:

@@ -11,13 +11,16 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import tiktoken
 import torch
+from torch.overrides import TorchFunctionMode
 
 from minipass.errors import InputError
 from minipass.files import atomic_write, explained, read
@@ -159,30 +162,27 @@ def load_pretrained(name: str | Path) -> Pretrained:
     Raises InputError when something is missing, damaged, or not what this package's GPT computes, when there is neither
     network nor cached file, and when a library of the extras `hf` or `llama` is not installed.
     """
-    if str(name) == SMOLLM2:
-        name = smollm2_file()
-    if str(name).endswith(".gguf") and not os.path.isdir(name):
-        return read(Path(name), _read_gguf, f"there is no file {name}")
-    folder = _folder_of(name)
-    model, chat = _read_folder(folder), None
-    if not model.config.llama:
-        return Pretrained(model, gpt2_encoding())
-    names = {}
-    if os.path.isfile(folder / CHAT):
-        said = read(folder / CHAT, _json)
-        chat, names = said.get("chat_template"), {name: said.get(name) for name in ("bos_token", "eos_token")}
-    if os.path.isfile(folder / "chat_template.jinja"):
-        chat = read(folder / "chat_template.jinja", Path.read_text)
-    encoding = read(folder / TOKENIZER, lambda file: encoding_of_json(_json(file)))
-    return Pretrained(model, encoding, _with_names(chat, names))
+    model, text = _model_and_text(name)
+    return Pretrained(model, *text())
 
 
 def from_pretrained(name: str | Path, n_lookahead: int = 0) -> GPT:
     """The model alone, with a new look-ahead table of n_lookahead rows, see GPT.new_lookahead. Raises InputError."""
-    model = load_pretrained(name).model if str(name).endswith(".gguf") or str(name) == SMOLLM2 else None
-    model = _read_folder(_folder_of(name)) if model is None else model
+    model, _ = _model_and_text(name)
     model.new_lookahead(n_lookahead)
     return model
+
+
+def _model_and_text(name: str | Path) -> tuple[GPT, Callable[[], tuple[tiktoken.Encoding, str | None]]]:
+    """A model, and what reads its encoding and chat template, which a folder need not have."""
+    if str(name) == SMOLLM2:
+        name = smollm2_file()
+    if str(name).endswith(".gguf") and not os.path.isdir(name):
+        model, *text = read(Path(name), _read_gguf, f"there is no file {name}")
+        return model, lambda: text
+    folder = _folder_of(name)
+    model = _read_folder(folder)
+    return model, partial(_read_text, folder) if model.config.llama else lambda: (gpt2_encoding(), None)
 
 
 def smollm2_file() -> Path:
@@ -239,6 +239,22 @@ def parts(name: str, config: GPTConfig) -> tuple[list[str], list[int] | None]:
     return [f"{prefix}{each}.{kind}" for each in LLAMA_NAMES[module]], rows
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves out what torch.nn.init does."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return None if getattr(function, "__module__", "") == "torch.nn.init" else function(*args, **(kwargs or {}))
+
+
+def without_numbers(config: GPTConfig) -> GPT:
+    """A model of sizes alone, to compare or to assign weights to. Arithmetic without numbers makes torch import its
+    compiler, for seconds: so nothing is filled, and adapters come as numbers."""
+    with torch.device("meta"), _Unfilled():
+        model = GPT(replace(config, lora_rank=0))
+    model.new_adapters(config.lora_rank)
+    return model
+
+
 def _assemble(source: Path, config: GPTConfig, stored: dict[str, torch.Tensor]) -> GPT:
     """A model of Transformers' tensors, which all must be used."""
     stored = {name: value for name, value in stored.items() if not name.endswith(BUFFERS)}
@@ -248,8 +264,7 @@ def _assemble(source: Path, config: GPTConfig, stored: dict[str, torch.Tensor]) 
     head = stored.pop("lm_head.weight", None) if config.tied else None
     if head is not None and not torch.equal(head, stored.get(embedding, head)):
         raise InputError(f"{source} has an output head of its own, but its config says that it is the token embedding")
-    with torch.device("meta"):  # sizes only: no random weights that are replaced at once
-        model = GPT(config)
+    model = without_numbers(config)
     ours = model.state_dict().keys() - {"lookahead"}
     expected = {theirs for name in ours for theirs in parts(name, config)[0]}
     for complaint, names in (("lacks", expected - stored.keys()), ("has, unexpectedly,", stored.keys() - expected)):
@@ -309,10 +324,26 @@ def _config(given: dict[str, Any], source: str) -> GPTConfig:
         return GPTConfig(**sizes, **family.constants, n_lookahead=0)
 
 
-def _read_gguf(file: Path) -> Pretrained:
+def _read_text(folder: Path) -> tuple[tiktoken.Encoding, str | None]:
+    """A Llama's encoding and chat template."""
+    chat, names = None, {}
+    if os.path.isfile(folder / CHAT):
+        said = read(folder / CHAT, _json)
+        chat, names = said.get("chat_template"), {name: said.get(name) for name in ("bos_token", "eos_token")}
+    if os.path.isfile(folder / "chat_template.jinja"):
+        chat = read(folder / "chat_template.jinja", Path.read_text)
+    return read(folder / TOKENIZER, lambda file: encoding_of_json(_json(file))), _with_names(chat, names)
+
+
+def _read_gguf(file: Path) -> tuple[GPT, tiktoken.Encoding, str | None]:
     """A Llama in one file of llama.cpp's, of every type of numbers that the package gguf turns into float32."""
     library = _library("gguf")
-    reader = library.GGUFReader(file)
+
+    class Reader(library.GGUFReader):  # type: ignore[name-defined]
+        def __setattr__(self, name: str, value: Any) -> None:  # each of 400,000 slices of a memmap takes long to make
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    reader = Reader(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields.get("general.architecture") != "llama":
         raise InputError(
@@ -329,7 +360,8 @@ def _read_gguf(file: Path) -> Pretrained:
     stored = {}
     for name, tensor in tensors.items():
         layer, module, kind = re.fullmatch(r"(?:blk\.(\d+)\.)?(.+)\.(\w+)", name).groups()
-        value = torch.from_numpy(library.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        numbers = library.quants.dequantize(tensor.data, tensor.tensor_type)
+        value = torch.from_numpy(np.require(numbers, requirements="W"))  # a copy, if it is the file's own
         # A GGUF's rotary pairs are (2 i, 2 i + 1), ours (i, i + head_dim / 2).
         if module in ("attn_q", "attn_k") and kind == "weight":
             value = value.view(-1, config.head_width // 2, 2, value.shape[-1]).transpose(1, 2).reshape(value.shape)
@@ -339,7 +371,7 @@ def _read_gguf(file: Path) -> Pretrained:
     names = {f"{name}_token": fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     names = {name: tokens[i] for name, i in names.items() if i is not None}
     template = _with_names(fields.get("tokenizer.chat_template"), names)
-    return Pretrained(_assemble(file, config, stored), encoding_of_gguf(fields), template)
+    return _assemble(file, config, stored), encoding_of_gguf(fields), template
 
 
 def _with_names(template: Any, tokens: dict[str, Any]) -> str | None:
@@ -410,7 +442,7 @@ def checked(tensors: dict[str, torch.Tensor], source: str | Path) -> dict[str, t
     for name, value in tensors.items():
         if not value.is_floating_point():
             raise InputError(f"{source} holds {name} in {value.dtype}: quantised weights of this kind cannot be read")
-        if not value.float().isfinite().all():
+        if value.numel() and not torch.stack(value.float().aminmax()).isfinite().all():
             raise InputError(f"{source} holds numbers that are not finite, in {name}")
     return tensors
 

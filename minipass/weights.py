@@ -32,13 +32,14 @@ from minipass.pretrained import (
     load_pretrained,
     read_metadata,
     read_tensors,
+    without_numbers,
     write_folder,
     write_tensors,
 )
 from minipass.tokenizer import END_OF_TEXT, encoding_of, gpt2_encoding
 
 FORMAT, VERSION = "minipass checkpoint", 1
-MODEL = "model.pt"  # in the folder of a finished run
+MODEL, ADAPTERS = "model.pt", "adapters.safetensors"  # in the folder of a finished run there is one of them
 TABLE = "lookahead.safetensors"
 NONE = "none"  # as adapters: the look-ahead table alone, as in the paper
 FINGERPRINTED = 1024  # values of each weight that a fingerprint looks at
@@ -69,10 +70,10 @@ def load(
 
     `path` is the bare name of a checkpoint that comes with the package ("joint"), a file, the folder of a finished run,
     or what pretrained.py reads: "smollm2", a GGUF, a folder of a GPT-2 or Llama, a name on the hub. What is here under
-    a bare name that the package has, too, needs a slash ("./joint"). adapters: a file of them. Without one, a
-    model of others takes those in its folder, or the best that come with the package for it; with NONE, the look-ahead
-    table alone. Raises InputError for a file that is missing, damaged, of another kind or version, that holds numbers
-    that are not finite, or that would run code.
+    a bare name that the package has, too, needs a slash ("./joint"). adapters: a file of them, or the folder of a run.
+    Without, a model of others takes those in its folder, or the best that come with the package for it; with NONE, the
+    look-ahead table alone. Raises InputError for a file that is missing, damaged, of another kind or version, that
+    holds numbers that are not finite, or that would run code.
     """
     loaded = load_base(path)
     alone = str(adapters) == NONE
@@ -83,7 +84,8 @@ def load(
         loaded.model.new_draft_head(0)
         loaded.model.new_adapters(0)
     loaded.model.to(device=device, dtype=dtype).eval()
-    checked(loaded.model.state_dict(), f"{path}, made {dtype},")  # what float32 holds may be too large for float16
+    if dtype != torch.float32:  # what that holds, and was checked in, may be too large for float16
+        checked(loaded.model.state_dict(), f"{path}, made {dtype},")
     return replace(loaded, record=loaded.record | record)
 
 
@@ -172,9 +174,11 @@ def save_pretrained(model: GPT, folder: str | Path) -> None:
 def load_adapters(model: GPT, file: str | Path) -> dict[str, Any]:
     """Gives `model` the look-ahead table in `file`, of any length L, the draft head and the gated adapters there.
 
-    Returns the record of their training. Raises InputError when the file is missing, damaged, none of that, not finite,
-    made for another width or for another base.
+    A folder stands for the ADAPTERS of the run in it. Returns the record of their training. Raises InputError when the
+    file is missing, damaged, none of that, not finite, made for another width or for another base.
     """
+    if os.path.isdir(file):
+        file = Path(file) / ADAPTERS
     tensors, metadata = read_tensors(Path(file)), read_metadata(Path(file))
     if "lookahead" not in tensors or len(_drafting(tensors)) < len(tensors):
         raise InputError(f"{file} holds no adapters: it should have `lookahead`, and what else was trained to draft")
@@ -208,14 +212,13 @@ def _set_drafting(model: GPT, tensors: dict[str, torch.Tensor], file: str | Path
     table = tensors["lookahead"]
     if table.dim() == 2 and table.shape[1] == model.config.n_embd:  # else set_lookahead has a sentence
         config = replace(model.config, n_lookahead=len(table), n_draft=n_draft, lora_rank=lora_rank)
-        with torch.device("meta"):
-            fits = {name: value.shape for name, value in _drafting(GPT(config).state_dict()).items()}
+        fits = {name: value.shape for name, value in _drafting(without_numbers(config).state_dict()).items()}
         if fits != {name: value.shape for name, value in tensors.items()}:
             raise InputError(f"the adapters in {file} do not fit the model, or are only half there")
     model.set_lookahead(table)
     model.new_draft_head(n_draft)
     model.new_adapters(lora_rank)
-    model.load_state_dict(model.state_dict() | tensors)
+    model.load_state_dict(tensors, strict=False)  # none is too many or too few
 
 
 def _read_checkpoint(path: Path | str) -> Checkpoint:

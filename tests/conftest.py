@@ -6,9 +6,11 @@ its own.
 
 import copy
 import math
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,10 @@ from minipass.decode import GREEDY, Fused, Plain, TwoModels, TwoPass
 from minipass.model import GPT, GPTConfig
 from minipass.sampling import COUPLED, RULES, Sampling
 from minipass.trees import DraftTree
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import train_tiny  # noqa: E402
 
 torch.set_num_threads(1)  # the models are so small that a second thread only waits
 
@@ -49,6 +55,14 @@ METHODS = {
     "auto": lambda n, rule, draft: Auto(copy.deepcopy(chooser()), rule),
 }
 WAYS = [(name, rule) for name in METHODS for rule in RULES if name != "plain" or rule == COUPLED]  # method and rule
+
+
+@pytest.fixture(scope="session", autouse=True)
+def blank_curves() -> Iterator[None]:
+    """To draw a tiny run's curves takes longer than the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tiny, "draw_curves", lambda folder, _: (folder / "loss.png").touch())
+        yield
 
 
 def random_model(seed: int, std: float = 0.4, **sizes: int) -> GPT:

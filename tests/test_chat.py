@@ -303,8 +303,9 @@ def test_training_on_self_learns_from_its_own_text_and_goes_on_where_it_was_brok
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--data", "self", "--init", "BASE", "--own-tokens", "50"], "self .*another source"),
-        (["--data", "self", "TEXT", "--own-tokens", "50"], "self .*--init"),
+        (["--data", "self", "--init", "BASE", "--own-tokens", "50"], "self.*another source"),
+        (["--data", "self", "TEXT", "self", "--init", "BASE", "--own-tokens", "50"], "self, given once,"),
+        (["--data", "self", "TEXT", "--own-tokens", "50"], "self.*--init"),
         (["--data", "self", "TEXT", "--init", "BASE", "--own-tokens", "0"], "--own-tokens must be greater than 0"),
         (["--data", "self", "TEXT", "--init", "BASE", "--own-tokens", "1"], "give more text"),
         (["--data", "TEXT", "--init", "BASE", "--window", "0"], "--window must be greater than 0"),

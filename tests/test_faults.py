@@ -12,6 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -132,6 +133,33 @@ def test_a_nan_in_a_checkpoint_is_one_sentence_of_sample(call, tmp_path):  # noq
 def test_what_is_no_name_no_figure_or_no_time_is_an_input_error(wrong):
     with pytest.raises(InputError):
         wrong()
+
+
+@pytest.mark.parametrize(
+    "number",
+    [-(10**5000), True, 1.0, "1", None, torch.tensor([1, 2])],
+    ids=["too long to print", "True", "1.0", "text", "None", "two"],
+)
+def test_what_is_no_whole_number_or_out_of_bounds_is_refused_in_a_short_sentence(number):
+    with pytest.raises(InputError, match="n_layer must be a whole number of at least 1, not") as refusal:
+        GPTConfig(n_layer=number)
+    assert len(str(refusal.value)) < 120
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [lambda: np.empty(2**50), lambda: torch.empty(2**50), lambda: torch.empty(2**40, 2**40)],
+    ids=["numpy", "torch", "more than can be counted"],
+)
+def test_too_little_memory_is_one_sentence(ask, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_script(ask)
+    assert "there is not enough memory: " in capsys.readouterr().err
+
+
+def test_a_mistake_of_ours_is_not_taken_for_too_little_memory():
+    with pytest.raises(RuntimeError, match="size"):
+        run_script(lambda: torch.ones(2) + torch.ones(3))
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -65504.0])

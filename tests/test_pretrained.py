@@ -4,9 +4,11 @@ import copy
 import importlib.util
 import json
 import random
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_model
@@ -410,9 +412,11 @@ def test_bytes_that_smollm2_has_no_token_for_are_left_out(text, smollm2, smollm2
 
 @with_smollm2
 @torch.no_grad()
-def test_smollm2_computes_what_transformers_does(smollm2):
+def test_smollm2_computes_what_transformers_does(smollm2, monkeypatch):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
+    memmap = np.memmap  # of which gguf takes hundreds of thousands of slices: plain arrays are quicker to slice
+    monkeypatch.setattr(np, "memmap", lambda *place, **how: np.asarray(memmap(*place, **how)))
     file = pretrained.smollm2_file()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     text = "def mean(values):\n    return sum(values) / len(values)\n\nThe 12 apostles walked 345 miles to Rome, and "
@@ -492,6 +496,26 @@ def test_adapters_fit_a_copy_of_their_base_in_another_number_type(dtype, adapter
     expected = drafting(trained_on(a_llama()))
     assert drafting(other).keys() == expected.keys()
     assert all(torch.equal(value, expected[name].to(dtype)) for name, value in drafting(other).items())
+
+
+def test_a_runs_folder_stands_for_its_adapters(adapters, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty/adapters.safetensors is missing"):
+        weights.load_adapters(a_llama(), tmp_path / "empty")
+    (tmp_path / "run").mkdir()
+    adapters.rename(tmp_path / "run/adapters.safetensors")
+    by_folder, by_file = a_llama(), a_llama()
+    weights.load_adapters(by_folder, tmp_path / "run")
+    weights.load_adapters(by_file, tmp_path / "run/adapters.safetensors")
+    assert drafting(by_folder).keys() == drafting(by_file).keys()
+    assert all(torch.equal(value, drafting(by_file)[name]) for name, value in drafting(by_folder).items())
+
+
+@pytest.mark.parametrize("more", [{}, {"n_draft": 6, "lora_rank": 2}])
+def test_a_model_without_numbers_has_the_names_and_shapes_of_one_with_them(more):
+    config = replace(a_llama().config, **more)
+    empty, full = (model.state_dict() for model in (pretrained.without_numbers(config), GPT(config)))
+    assert {name: value.shape for name, value in empty.items()} == {name: value.shape for name, value in full.items()}
 
 
 def test_adapters_for_another_base_are_refused_and_change_nothing(adapters):

@@ -39,17 +39,25 @@ def corpus(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def train(corpus, monkeypatch):
-    """train(out, "--lr", "0.1", ...): runs train_tiny.py's main for six steps on the corpus, without pictures."""
-    monkeypatch.setattr(train_tiny, "draw_curves", lambda *_: None)  # most of the time of so small a run
+@pytest.fixture(scope="session")
+def train(corpus):
+    """train(out, "--lr", "0.1", ...): runs train_tiny.py's main for six steps on the corpus."""
 
     def run(out: Path, *arguments, settings=SIX_STEPS) -> None:
         argv = ["train_tiny.py", "--data", corpus, "--out", out, "--dtype", "float32", *settings, *arguments]
-        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-        train_tiny.main()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", list(map(str, argv)))
+            train_tiny.main()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def unbroken(train, tmp_path_factory) -> Path:
+    """The folder of a run that nothing stopped."""
+    out = tmp_path_factory.mktemp("unbroken")
+    train(out)
+    return out
 
 
 @pytest.fixture
@@ -243,9 +251,8 @@ def test_under_nohup_a_closed_terminal_stops_no_run(train, in_the_fifth_step, tm
 
 
 def test_a_run_may_move_and_its_corpus_may_be_named_from_another_folder(
-    train, in_the_fifth_step, tmp_path, corpus, monkeypatch
+    train, unbroken, in_the_fifth_step, tmp_path, corpus, monkeypatch
 ):
-    train(tmp_path / "unbroken")
     monkeypatch.chdir(corpus.parent)
     cut_off(train, in_the_fifth_step, tmp_path / "a", "--data", corpus.name)
     (tmp_path / "a").rename(tmp_path / "b")
@@ -253,12 +260,11 @@ def test_a_run_may_move_and_its_corpus_may_be_named_from_another_folder(
     (tmp_path / "link").symlink_to(corpus)
     (tmp_path / "joint").mkdir()  # is not what --stage means
     train("b", "--data", "./link", "--resume")
-    assert_same_run(tmp_path / "unbroken", tmp_path / "b")
+    assert_same_run(unbroken, tmp_path / "b")
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty", "odd", "other"])
-def test_encoded_files_that_are_lost_or_damaged_are_made_anew(train, in_the_fifth_step, tmp_path, damage):
-    train(tmp_path / "unbroken")
+def test_encoded_files_that_are_lost_or_damaged_are_made_anew(train, unbroken, in_the_fifth_step, tmp_path, damage):
     cut_off(train, in_the_fifth_step, tmp_path / "broken")
     file = tmp_path / "broken/heldout-0.tokens"
     content = file.read_bytes()
@@ -267,7 +273,7 @@ def test_encoded_files_that_are_lost_or_damaged_are_made_anew(train, in_the_fift
         file.write_bytes({"empty": b"", "odd": content[:-1], "other": bytes(len(content))}[damage])
     train(tmp_path / "broken", "--resume")
     assert file.read_bytes() == content
-    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+    assert_same_run(unbroken, tmp_path / "broken")
 
 
 def test_a_corpus_that_changed_is_noticed_when_it_has_to_be_read_again(train, in_the_fifth_step, tmp_path, corpus):
@@ -311,6 +317,27 @@ def test_a_run_goes_on_to_its_own_bound_and_says_when_it_is_finished(
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     train(tmp_path, "--resume", "--minutes", "1", settings=WITHOUT_STEPS)
     assert weights.load(tmp_path / "last.pt").training["seconds"] >= 60
+
+
+def test_where_no_run_is_there_is_none_to_go_on_with(train, tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"of another kind")
+    with pytest.raises(InputError, match=f"there is no run in {tmp_path} to go on with"):
+        train(tmp_path, "--resume")
+
+
+@pytest.mark.parametrize("lost", ["settings", "history", "step", "optimizers"])
+def test_a_training_state_of_which_a_part_is_lost_is_refused_by_the_files_name(
+    train, in_the_fifth_step, tmp_path, lost
+):
+    cut_off(train, in_the_fifth_step, tmp_path)
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    if lost == "optimizers":
+        content["training"]["optimizers"].pop()
+    else:
+        del content["training"][lost]
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(InputError, match=r"last\.pt holds a damaged training state"):
+        train(tmp_path, "--resume")
 
 
 def test_a_finished_run_without_its_model_writes_it(train, tmp_path):

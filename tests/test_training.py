@@ -18,6 +18,7 @@ from minipass.model import GPTConfig
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_tiny  # noqa: E402
 
+draw_curves = train_tiny.draw_curves
 SIZES = "--vocab-size 300 --block-size 32 --n-layer 1 --n-head 2 --n-embd 16 --n-lookahead 3".split()
 SMALL = "--batch-size 2 --groups 2 --device cpu --dtype float32".split()
 
@@ -210,7 +211,8 @@ def test_groups_take_turns_in_length_with_the_same_rows_and_follow_from_seed_and
     assert train_tiny.draw_batch(tokens, config, SimpleNamespace(stage="base", **settings), 0)[1].shape == (3, 0)
 
 
-def test_training_learns_and_leaves_its_log_curve_and_record(train, tmp_path):
+def test_training_learns_and_leaves_its_log_curves_and_record(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tiny, "draw_curves", draw_curves)
     loaded = train(tmp_path, "--steps", "60", "--eval-every", "30", *SIZES)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == list(range(1, 61))
@@ -252,8 +254,14 @@ def test_a_base_needs_no_lookahead_tokens_and_other_stages_say_that_they_do(trai
 
 
 def test_only_the_table_may_have_another_size_than_the_base(train, base, tmp_path):
-    with pytest.raises(InputError, match="cannot be changed"):
+    with pytest.raises(InputError, match="--init has n_embd 16, which cannot be changed to 32"):
         train(tmp_path, "--init", str(base), "--steps", "1", "--n-embd", "32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_lookahead_stage_trains_in_half_precision(train, base, tmp_path, dtype):
+    after = train(tmp_path, "--stage", "lookahead", "--init", str(base), "--steps", "2", "--dtype", dtype)
+    assert after.model.lookahead.isfinite().all()
 
 
 def test_half_precision_trains_as_well(train, tmp_path):
