@@ -57,9 +57,8 @@ def named(figures: object, *names: str) -> Iterator[tuple[str, dict]]:
         for each in figures:
             yield from named(each, *names)
     elif isinstance(figures, dict) and {"method", "speedup"} <= figures.keys():
-        length = [f"L = {figures['lookahead']}"] if figures.get("lookahead") else []
         own = [figures[name] for name in ("text", "decoding", "method") if name in figures]
-        yield ", ".join([*names, *own, *length]), figures
+        yield ", ".join([*names, *own]), figures
     elif isinstance(figures, dict):
         for key, value in figures.items():
             yield from named(value, *names, key)

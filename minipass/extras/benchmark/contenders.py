@@ -1,180 +1,200 @@
-"""What the bench measures: checkpoints, held-out text, and the methods that compete on it."""
+"""Contenders: a name, and what an engine is made of. How they race for a text, and what their turns cost.
+
+Among them is Hugging Face's `generate` on the same weights: `pip install -e '.[peers]'`.
+"""
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
-from pathlib import Path
-from typing import Any
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from minipass import losses, weights
+from minipass import pretrained
 from minipass.api import DEFAULT_LOOKUP
-from minipass.auto import MOST_AUTO_LOOKAHEAD, AdaptiveTree, Auto, best_tree, turn_seconds
-from minipass.data import Document, encode_documents, even_windows, read_documents, split_documents
-from minipass.decode import Engine, Fused, Plain, TwoModels, TwoPass
-from minipass.extras.benchmark.measuring import Contender, ours
-from minipass.model import GPT
-from minipass.sampling import REJECTION, Sampling
-from minipass.trees import DraftTree
+from minipass.auto import MOST_AUTO_LOOKAHEAD, AdaptiveTree, Auto, turn_seconds
+from minipass.decode import Engine, Fused, Method, Plain, TwoModels, TwoPass
+from minipass.errors import InputError
+from minipass.extras.benchmark import measuring
+from minipass.extras.benchmark.measuring import Run, now, seconds_in_turns
+from minipass.extras.benchmark.subjects import Bench, Subject
+from minipass.model import GPT, GPTConfig, is_drafting
+from minipass.sampling import COUPLED, REJECTION, Sampling
+from minipass.texts import Prompts
+from minipass.tokenizer import stop_tokens
 
-GREEDY, SAMPLED, PLAIN_SAMPLED = "greedy", "T = 0.8, top-k 10", "T = 1"
-DECODINGS = {GREEDY: Sampling(), SAMPLED: Sampling(0.8, top_k=10), PLAIN_SAMPLED: Sampling(1.0)}
-PLAIN, TWO_PASS, FUSED, TREE, LOOKUP = "plain", "two-pass", "fused", "tree of 4 L", "prompt lookup alone"
-NO_HEAD = ", no head"  # at a name's end: with the model's draft head left out
-
-
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """A checkpoint that is measured, under the name that the user gave."""
-
-    name: str
-    loaded: weights.Checkpoint
-
-    @property
-    def model(self) -> GPT:
-        return self.loaded.model
-
-    @cached_property
-    def headless(self) -> "Subject":
-        """The same without its draft head."""
-        model = copy.deepcopy(self.model)
-        model.new_draft_head(0)
-        return Subject(f"{self.name}{NO_HEAD}", replace(self.loaded, model=model))
-
-    def with_and_without_head(self) -> list["Subject"]:
-        return [self] if self.model.draft_head is None else [self, self.headless]
-
-    def model_of(self, name: str) -> GPT:
-        """What a contender of this name runs with."""
-        return self.headless.model if name.endswith(NO_HEAD) else self.model
-
-    @property
-    def millions(self) -> str:
-        """Its size in words."""
-        return f"{sum(parameter.numel() for parameter in self.model.parameters()) / 1e6:.2g}M parameters"
+GREEDY, SAMPLED = "greedy", "T = 0.8, top-k 10"
+DECODINGS = {GREEDY: Sampling(), SAMPLED: Sampling(0.8, top_k=10), "T = 1": Sampling(1.0)}
+SIZES = ("n_layer", "n_head", "n_embd", "n_kv_head", "n_inner", "vocab_size", "block_size")
+GPT2 = ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))
+LLAMA = ((30, 9, 576, 3, 1536), (32, 15, 960, 5, 2560), (16, 32, 2048, 8, 8192))  # SmolLM2's smaller two, Llama 3.2's
+LARGER = {  # sizes of models with random weights, whose only use is to be timed
+    "cpu": [(8, 8, 512), (12, 12, 768)],
+    "cuda": [*((*size, 0, 0, 50_257, 1024) for size in GPT2), *((*size, 49_152, 2048) for size in LLAMA)],
+}
+# Turns that are timed; more tokens than these make; float32 numbers read from memory; untimed tokens before a race.
+REPEATS, MANY_TOKENS, READ, WARM_UP = 20, 10_000, 2**26, 16
 
 
-@dataclass(frozen=True, eq=False)
-class Bench:
-    """What the experiments share: checkpoints, held-out text and counts.
+class Contender(NamedTuple):
+    """A row of a table. method: or what makes it, of a bench and a sampling; or arguments of Hugging Face's generate.
 
-    frozen, draft: None where there is none; compared: more checkpoints, and where the log of each one's training is.
-    use_graphs: the Engine's, for all methods alike.
+    model: None for the subject's.
     """
 
-    subject: Subject
-    frozen: Subject | None
-    draft: Subject | None
-    compared: list[tuple[Subject, Path]]
-    device: torch.device
-    dtype: torch.dtype
-    data: str
-    lookahead: list[int]
-    n_prompts: int
-    prompt_tokens: int
-    new_tokens: int
-    n_samples: int
-    seed: int
-    use_graphs: bool = False
+    name: str
+    method: Method | Callable[[Bench, Sampling], Method] | dict
+    model: GPT | None = None
 
-    @cache  # noqa: B019 - one bench a run, here and below
-    def heldout(self, domain: str) -> list[Document]:
-        """The held-out documents of a corpus."""
-        return split_documents(read_documents(domain))[1]
 
-    @cache  # noqa: B019
-    def tokens(self, subject: Subject, domain: str) -> np.ndarray:
-        """These in the subject's tokens, (N,)."""
-        return encode_documents(self.heldout(domain), subject.loaded.encoding)
+@lru_cache(maxsize=4)
+def chooser(subject: Subject, data: str, sampling: Sampling, use_graphs: bool) -> AdaptiveTree:
+    """Knows how often the subject's drafts are accepted, and what turns take: that takes a while to measure."""
+    accuracy = subject.forced(data)["rank_accuracy"][:MOST_AUTO_LOOKAHEAD]
+    return AdaptiveTree(accuracy, turn_seconds(subject.model, accuracy, sampling, use_graphs=use_graphs))
 
-    def prompts(self, subject: Subject, domain: str) -> list[list[int]]:
-        """Evenly spaced windows of held-out text."""
-        return even_windows(self.tokens(subject, domain), self.n_prompts, self.prompt_tokens).tolist()
 
-    @cache  # noqa: B019
-    def forced(self, subject: Subject, domain: str) -> dict:
-        """Teacher-forced figures on held-out text, see losses.evaluate: loops of a generated text don't touch them."""
-        windows = even_windows(self.tokens(subject, domain), 128, subject.model.config.block_size + 1)
-        return losses.evaluate(subject.model, windows)
+def adaptive(bench: Bench, sampling: Sampling, lookup: int = 0) -> Auto:
+    """Trees that fit this machine and the text; nothing is learned from one race for the next."""
+    known = chooser(bench.subject, bench.options.data, sampling, bench.options.cuda_graphs)
+    return Auto(copy.deepcopy(known), COUPLED, lookup)
 
-    def engine(self, method: Any, decoding: str = GREEDY, model: GPT | None = None) -> Engine:
-        """A method with a model, by default the subject's."""
-        return Engine(model or self.subject.model, method, DECODINGS[decoding], use_graphs=self.use_graphs)
 
-    def methods(self, n_drafts: int, decoding: str) -> dict[str, Any]:
-        """Our methods with so many drafts in a row, by their names in the tables."""
-        tree = self.tree(n_drafts, 4 * n_drafts)
-        found = {
-            TWO_PASS: TwoPass(n_drafts),
-            FUSED: Fused(n_drafts),
-            f"{FUSED}, rejection": Fused(n_drafts, REJECTION),
-            f"{FUSED} + prompt lookup": Fused(n_drafts, lookup=DEFAULT_LOOKUP),
-            LOOKUP: Fused(0, lookup=DEFAULT_LOOKUP),  # the same for any number of drafts
-            TREE: Fused(tree),
-            f"{TREE}, rejection": Fused(tree, REJECTION),
-        }
-        if self.subject.model.draft_head is not None:
-            found[f"{FUSED}{NO_HEAD}"] = Fused(n_drafts)
-        if decoding == GREEDY:  # both rules are one
-            found = {name: method for name, method in found.items() if not name.endswith("rejection")}
-        return found | ({"two models": TwoModels(self.draft.model, n_drafts)} if self.draft else {})
+PLAIN, LOOKUP = Contender("plain", Plain()), Contender("prompt lookup alone", Fused(0, lookup=DEFAULT_LOOKUP))
+AUTO = Contender("auto", adaptive)
+AUTO_LOOKUP = Contender("auto + prompt lookup", lambda bench, sampling: adaptive(bench, sampling, DEFAULT_LOOKUP))
 
-    def contender(
-        self,
-        name: str,
-        method: Any,
-        domain: str,
-        decoding: str,
-        n_drafts: int | None = None,
-        *,
-        subject: Subject | None = None,
-        baseline: Contender | None = None,
-    ) -> Contender:
-        """A method of ours on held-out prompts, by default with the subject."""
-        subject = subject or self.subject
-        engine, prompts = self.engine(method, decoding, subject.model_of(name)), self.prompts(subject, domain)
-        return ours(name, engine, prompts, self.new_tokens, n_drafts, baseline)
 
-    def family(
-        self, domain: str, decoding: str, lengths: Sequence[int], names: Sequence[str] | None = None
-    ) -> list[Contender]:
-        """Plain decoding of the subject, then each method (or those named) with each number of drafts in a row."""
-        plain = self.contender(PLAIN, Plain(), domain, decoding)
-        methods = {n_drafts: self.methods(n_drafts, decoding) for n_drafts in lengths}
-        return [plain] + [
-            self.contender(name, methods[n][name], domain, decoding, None if name == LOOKUP else n, baseline=plain)
-            for name in names or methods[lengths[0]]
-            for n in (lengths[:1] if name == LOOKUP else lengths)
-        ]
+def in_a_row(bench: Bench, *names: str, lengths: Sequence[int] = ()) -> list[Contender]:
+    """The methods named, or all, with each number L of drafts in a row; those that lack something are left out."""
+    subject, draft = bench.subject, bench.draft
+    made = {
+        "two-pass": TwoPass,
+        "fused": Fused,
+        "fused, rejection": lambda n: Fused(n, REJECTION),
+        "fused + prompt lookup": lambda n: Fused(n, lookup=DEFAULT_LOOKUP),
+        "tree of 4 L": lambda n: Fused(bench.tree(n, 4 * n)),
+        "tree of 4 L, rejection": lambda n: Fused(bench.tree(n, 4 * n), REJECTION),
+        "fused, no head": subject.model.draft_head and Fused,
+        "two models": draft and (lambda n: TwoModels(draft.model, n)),
+    }
+    return [
+        Contender(f"{name}, L = {n}", made[name](n), subject.headless.model if name == "fused, no head" else None)
+        for name in names or made
+        if made[name]
+        for n in lengths or bench.options.lookahead
+    ]
 
-    def accuracy(self, n_lookahead: int) -> list[list[float]]:
-        """How often the subject's drafts of each rank are right, (n_lookahead, ranks)."""
-        return self.forced(self.subject, self.data)["rank_accuracy"][:n_lookahead]
 
-    def tree(self, n_lookahead: int, n_drafts: int) -> DraftTree:
-        """The tree of n_drafts nodes, at most n_lookahead deep, of which most of the subject's drafts are accepted."""
-        return best_tree(self.accuracy(n_lookahead), n_drafts)
+def race(bench: Bench, text: str, decoding: str, contenders: Sequence[Contender]) -> list[dict]:
+    """Plain decoding and the contenders take turns: measuring.figures of each, and what was compared."""
+    options, sampling, runs = bench.options, DECODINGS[decoding], []
+    stop = stop_tokens(bench.subject.encoding) if bench.subject.chat_template else ()  # answers end, text goes on
+    contenders = [PLAIN, *(each for each in contenders if decoding != GREEDY or REJECTION not in each.name)]
+    for each in contenders:  # greedy, both rules are one
+        model, method = each.model or bench.subject.model, each.method
+        if isinstance(method, dict):
+            runs.append(theirs(model, method, sampling, stop))
+        else:
+            method = method(bench, sampling) if callable(method) else method
+            runs.append(measuring.ours(Engine(model, method, sampling, use_graphs=options.cuda_graphs), stop))
+    warm_up = options.new_tokens if options.cuda_graphs else min(WARM_UP, options.new_tokens)  # any turn may be new
+    what, prompts = {"text": os.path.basename(text), "decoding": decoding}, bench.prompts(text)
+    samples = measuring.take_turns(runs, prompts, options.new_tokens, options.seed, ", ".join(what.values()), warm_up)
+    named = zip([each.name for each in contenders], samples, strict=True)
+    what["prompts"] = len(prompts)
+    return [what | {"method": name} | measuring.figures(own, samples[0]) for name, own in named]
 
-    def auto(self, decoding: str) -> Auto:
-        """Trees that fit this machine and the text."""
-        accuracy = self.accuracy(MOST_AUTO_LOOKAHEAD)
-        seconds = turn_seconds(self.subject.model, accuracy, DECODINGS[decoding], use_graphs=self.use_graphs)
-        return Auto(AdaptiveTree(accuracy, seconds))
 
-    def caption(self, subject: Subject, *parts: str) -> str:
-        """What is above a table."""
-        return ", ".join([f"`{subject.name}` ({subject.millions})", *parts])
+def forms(draft: GPT | None) -> dict[str, dict]:
+    """`generate` as its documentation uses it: plain, with prompt lookup and, where there is a draft model, with an
+    assistant. Raises InputError without transformers."""
+    if importlib.util.find_spec("transformers") is None:
+        raise InputError("transformers is not installed: pip install -e '.[peers]'")
+    found = {"HF plain": {}, "HF prompt lookup": {"prompt_lookup_num_tokens": 10}}
+    return found if draft is None else found | {"HF assistant": {"assistant_model": draft}}
 
-    def counts(self, domain: str) -> str:
-        """How much was generated, in words."""
-        n_prompts = len(self.prompts(self.subject, domain))  # fewer than asked for where the text is short
-        return f"{n_prompts} held-out prompts of {self.prompt_tokens} tokens ({domain}), {self.new_tokens} new tokens"
 
-    def drafter(self) -> str:
-        """One line about the draft model, or about its absence."""
-        if self.draft:
-            return f"Two models: the drafts are of `{self.draft.name}` ({self.draft.millions})."
-        return "No row for two models: there is no draft model that fits (name one with --draft-model)."
+@lru_cache(maxsize=4)
+def as_theirs(model: GPT):
+    """The model as transformers has it, of its dtype, on its device."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # it warns of greedy decoding with sampling's defaults
+    transformers.logging.disable_progress_bar()
+    with TemporaryDirectory() as folder:
+        pretrained.write_folder(model, folder)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+
+
+def theirs(model: GPT, form: dict, sampling: Sampling, stop_tokens: Sequence[int]) -> Run:
+    """Continues with `generate`."""
+    from transformers import GenerationConfig
+
+    them, assistant, form = as_theirs(model), None, form | {"eos_token_id": list(stop_tokens) or None}
+    if sampling.temperature > 0:
+        form |= {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k or 0}
+    if "assistant_model" in form:
+        form["assistant_model"] = assistant = as_theirs(form["assistant_model"])
+
+    def run(prompt: Prompts, n_new: int, seed: int) -> measuring.Sample:
+        for each in (them, assistant or them):  # an assistant learns from a run: not for the next one
+            each.generation_config = GenerationConfig(pad_token_id=0)
+        ids, came = torch.tensor([prompt], device=model.device), []  # when tokens came, and how many: the prompt first
+        streamer = SimpleNamespace(put=lambda tokens: came.append((now(), tokens.numel())), end=lambda: None)
+        torch.manual_seed(seed)  # it draws from the global generator
+        began = now()
+        out = them.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new, streamer=streamer, **form)
+        return measuring.sample([out[0, len(prompt) :].tolist()], came[1][1], began, came[1][0], now())
+
+    return run
+
+
+def turns(bench: Bench, contenders: Sequence[Contender], larger: bool = False) -> list[dict]:
+    """Turns after a prompt, of plain decoding and the contenders by turns: how long they take, in times of the first,
+    and how much of the memory's speed, in reading float32, it takes to read the weights once in this time.
+
+    larger: with models of LARGER sizes, too.
+    """
+    options, contenders, found, own = bench.options, [PLAIN, *contenders], [], bench.subject.model
+    memory = torch.ones(READ, device=own.device)
+    bandwidth = memory.nbytes / seconds_in_turns([memory.sum], REPEATS).min()
+    for size in (None, *(LARGER[own.device.type] if larger else ())):
+        model = own if size is None else random_model(own, size, options.seed)
+        engines = [Engine(model, each.method, use_graphs=options.cuda_graphs) for each in contenders]
+        streams = [engine.stream([0] * options.prompt_tokens, MANY_TOKENS) for engine in engines]
+        seconds = seconds_in_turns([stream.__next__ for stream in streams], REPEATS)
+        unread = ["wpe.weight", *["wte.weight"] * (not model.config.tied)]  # but for a few rows
+        read = sum(p.numel() for name, p in model.named_parameters() if name not in unread and not is_drafting(name))
+        config, n_bytes = model.config, read * model.wte.weight.element_size()
+        title = f"{config.n_layer} layers, width {config.n_embd}{', Llama' * config.llama}"
+        for each, column in zip(contenders, seconds.T, strict=True):
+            row = {"model": title, "million_weights": read / 1e6, "method": each.name}
+            row |= {"rows": each.method.largest[0].n_rows, "milliseconds": measuring.quartiles(1000 * column)}
+            row["over_plain"] = float(np.median(column / seconds[:, 0]))
+            found.append(row | {"bandwidth_share": n_bytes / bandwidth / float(np.median(column))})
+    return found
+
+
+def random_model(like: GPT, size: Sequence[int], seed: int) -> GPT:
+    """With random weights, of sizes as in LARGER, otherwise of another's."""
+    sizes = {name: getattr(like.config, name) for name in ("vocab_size", "block_size", "n_lookahead", "n_draft")}
+    sizes |= dict(zip(SIZES, size, strict=False))
+    torch.manual_seed(seed)
+    with like.device:
+        return GPT(GPTConfig(**sizes, llama=sizes.get("n_kv_head", 0) > 0)).to(like.dtype).eval()
+
+
+def predicted(bench: Bench, contenders: Sequence[Contender], larger: bool = False) -> list[dict]:
+    """`turns`, and the speed-up that is predicted from the tokens/pass of the subject's greedy text, and observed."""
+    own = {row["method"]: row for row in race(bench, bench.options.data, GREEDY, contenders)}
+    found = turns(bench, contenders, larger)
+    for row in found:
+        tokens, seen = own[row["method"]]["tokens_per_pass"], None if larger else own[row["method"]]["speedup"]
+        row |= {"tokens_per_pass": tokens, "predicted": tokens / row["over_plain"], "observed": seen}
+    return found

@@ -1,278 +1,226 @@
-"""The bench's experiments: each a function that answers one question with a table, plain figures and pictures.
+"""The bench's experiments: a question, what is compared with what on which texts, and how that is drawn."""
 
-An experiment takes a Bench, what all of them share, and returns a Report. `EXPERIMENTS` lists them; those on time are
-in costs.py, those on training in trained.py, those that generate text here.
-"""
+import argparse
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import wraps
+from itertools import product
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import matplotlib
+from matplotlib.figure import Figure
 
-import numpy as np
+from minipass import weights
+from minipass.decode import Engine, Fused, TwoPass
+from minipass.errors import InputError
+from minipass.extras.benchmark import contenders, functions
+from minipass.extras.benchmark.contenders import DECODINGS, GREEDY, SAMPLED, Contender, in_a_row
+from minipass.extras.benchmark.measuring import wilson_interval
+from minipass.extras.benchmark.reporting import Report, bars, picture
+from minipass.extras.benchmark.subjects import BATCHES, CHAT, EDIT, PROSE, SUMMARY, Bench, Subject, heldout, load
+from minipass.pretrained import SMOLLM2, is_pretrained
+from minipass.sampling import REJECTION
+from minipass.tokenizer import encode_text
 
-from minipass.data import even_windows
-from minipass.decode import Fused, Plain, TwoPass
-from minipass.extras.benchmark import costs, peers, plots, pretrained, quality, trained
-from minipass.extras.benchmark.contenders import DECODINGS, FUSED, GREEDY, PLAIN, SAMPLED, TWO_PASS, Bench
-from minipass.extras.benchmark.measuring import paired_quartiles, prefill_seconds, quartiles, seconds_in_turns
-from minipass.extras.benchmark.reporting import OVER_PLAIN, Report, label, spread, table
-from minipass.sampling import COUPLED, REJECTION
-
-AUTO_LENGTHS = (1, 2, 3, 4)
-BATCHES, BATCH_REPEATS = (1, 4, 16, 64), 3
-TREE_SIZES = (2, 4, 8, 16, 32)
+RACE = "method tokens_per_pass accepted_by_position speedup tokens_per_second first_ms repeated_8grams same_text"
+FORCED = "checkpoint text million_weights stage seconds loss acceptance constant_acceptance match"
+COST = "model million_weights method rows milliseconds over_plain bandwidth_share"
+DEFAULTS = {"data": "python", "prompts": 12, "new_tokens": 120}
+UNSEEN = os.path.dirname(matplotlib.__file__)  # code that no training of adapters saw
+EXPERIMENTS: dict[str, Callable[[Bench], Report]] = {}
+Tables = Iterator[tuple]  # arguments of Report.add
 
 
-def headline(bench: Bench) -> Report:
-    """How much does PaSS give with the shipped joint model, greedy and sampled, on code?
+def experiment(*drawn: str, series: Sequence[str] = ("text", "decoding"), **defaults) -> Callable:
+    """Adds an experiment, a function that gives tables, to EXPERIMENTS. Its docstring is its question.
 
-    Fused and tree use the coupled rule where no rule is named, two-pass the paper's, rejection.
+    drawn, series: reporting.picture's, of the tables' rows. defaults: of options that the user does not give.
     """
-    report = Report()
-    for decoding in (GREEDY, SAMPLED):
-        contenders = bench.family(bench.data, decoding, bench.lookahead)
-        report.data[decoding], _ = report.race(bench, bench.data, decoding, contenders)
-    seconds = quartiles(prefill_seconds(bench.subject.model, bench.prompts(bench.subject, bench.data)))
-    report.parts.append(f"Prefill is not in these figures; it takes {spread(seconds, 1, scale=1000)} ms.")
-    report.data |= {
-        "prefill_seconds": seconds,
-        "teacher_forced": report.forced(bench, bench.data, *bench.subject.with_and_without_head()),
-    }
-    report.parts.append(bench.drafter())
-    report.draw_speedups("headline")
-    return report
+
+    def add(tables: Callable[[Bench], Tables]) -> Callable:
+        @wraps(tables)
+        def run(bench: Bench) -> Report:
+            given = {name: value for name, value in vars(bench.options).items() if value is not None}
+            report, options = Report(), argparse.Namespace(**DEFAULTS | defaults | given)
+            for found in tables(replace(bench, options=options)):
+                report.add(*found)
+            report.picture = picture(report.data["rows"], series, *drawn or ("method", "speedup"))
+            return report
+
+        run.__doc__ = " ".join(tables.__doc__.split())
+        EXPERIMENTS[tables.__name__] = run
+        return run
+
+    return add
 
 
-def methods(bench: Bench) -> Report:
-    """Which method gives how much, for code and for prose, greedy and sampled?
-
-    The paper's method and its fixed-token baseline run on the frozen checkpoint, against that checkpoint's own plain
-    decoding; the others on the joint one. All take turns in one run.
-    """
-    report, frozen = Report(data={"settings": []}), bench.frozen
-    for domain in dict.fromkeys([bench.data, "docstrings"]):
-        for decoding in DECODINGS:
-            contenders = bench.family(domain, decoding, bench.lookahead)
-            if frozen:
-                add = partial(bench.contender, domain=domain, decoding=decoding, subject=frozen)
-                config, plain = frozen.model.config, add(f"{PLAIN}, frozen", Plain())
-                contenders.append(plain)
-                for name, token in (("fixed token", config.vocab_size - 1), ("frozen", None)):
-                    contenders += [
-                        add(f"{TWO_PASS}, {name}", TwoPass(n, fixed_token=token), n_drafts=n, baseline=plain)
-                        for n in bench.lookahead
-                        if n <= config.n_lookahead
-                    ]
-            rows, _ = report.race(bench, domain, decoding, contenders)
-            report.data["settings"].append({"domain": domain, "decoding": decoding, "rows": rows})
-        report.data.setdefault("teacher_forced", {})[domain] = report.forced(
-            bench, domain, bench.subject, *([frozen] if frozen else [])
-        )
-    report.parts.append(bench.drafter())
-    report.parts.append(
-        f"The frozen rows are `{frozen.name}`'s ({frozen.millions}), against its own plain row."
-        if frozen
-        else "No frozen rows: there is no frozen checkpoint that fits (name one with --frozen)."
-    )
-    report.draw_speedups("methods")
-    return report
+def races(
+    bench: Bench, rivals: Sequence[Contender], *texts: str, decodings: Sequence[str] = (GREEDY, SAMPLED)
+) -> Tables:
+    """Contenders on each text (by default the corpus of --data) in each decoding."""
+    for text, decoding in product(texts or [bench.options.data], decodings):
+        rows = contenders.race(bench, text, decoding, rivals)
+        what = ", ".join([f"`{bench.subject.name}`", rows[0]["text"], decoding, f"{rows[0]['prompts']} prompts"])
+        yield "rows", f"{what}, {bench.options.new_tokens} new tokens:", rows, RACE
 
 
-class Curves:
-    """A picture of tokens/pass and speed-up, with the best speed-up of each curve ringed."""
-
-    def __init__(self) -> None:
-        self.passes: list[plots.Line] = []
-        self.speedups: list[plots.Line] = []
-
-    def add(self, title: str, x: Sequence[int], rows: Sequence[dict], colour: int, style: str) -> int:
-        """Rows of measuring.figures as a curve over x; returns the x of the best."""
-        passes, speedups = [row["tokens_per_pass"] for row in rows], [row["speedup"][1] for row in rows]
-        best = int(np.argmax(speedups))
-        self.passes.append(plots.Line(title, x, passes, colour, style))
-        self.speedups.append(plots.Line(title, x, speedups, colour, style, best))
-        return x[best]
-
-    def draw(self, xlabel: str, **settings) -> plots.Figure:
-        return plots.curves(
-            [
-                plots.Panel(xlabel, "tokens/pass", self.passes, settings),
-                plots.Panel(f"{xlabel} (ringed: the best)", OVER_PLAIN, self.speedups, settings),
-            ]
-        )
+def forced(name: str, subjects: Sequence[Subject | None], *sources: str) -> tuple:
+    """Teacher-forced figures of each subject on each corpus: loops in a text do not flatter these."""
+    rows = [subject.forced(source) for source in sources for subject in subjects if subject]
+    rows.sort(key=lambda row: row["million_weights"])
+    return name, "Teacher-forced on held-out text:", rows, FORCED
 
 
-def lookahead(bench: Bench) -> Report:
+@experiment(prompts=16)
+def headline(bench: Bench) -> Tables:
+    """How much does PaSS give with the shipped joint model, greedy and sampled, on code? Two-pass has the paper's rule,
+    rejection, the others the coupled one where no rule is named."""
+    methods = in_a_row(bench, "two-pass", "fused", "fused, rejection", "tree of 4 L")
+    yield from races(bench, [*methods, contenders.LOOKUP, contenders.AUTO])
+    yield forced("teacher_forced", [bench.subject, bench.subject.headless], bench.options.data)
+
+
+@experiment()
+def methods(bench: Bench) -> Tables:
+    """Which method gives how much, for code and for prose, greedy and sampled?"""
+    yield from races(bench, [*in_a_row(bench), contenders.LOOKUP], bench.options.data, PROSE, decodings=DECODINGS)
+    yield forced("teacher_forced", [bench.subject], bench.options.data, PROSE)
+
+
+@experiment("method", "tokens_per_pass", "speedup")
+def lookahead(bench: Bench) -> Tables:
     """How many look-ahead tokens are best? More drafts save passes, but each pass then has more rows."""
-    report, curves, names = Report(), Curves(), (TWO_PASS, FUSED)
-    lengths = range(1, bench.subject.model.config.n_lookahead + 1)
-    for style, decoding in (("-", GREEDY), ("--", SAMPLED)):
-        rows, _ = report.race(bench, bench.data, decoding, bench.family(bench.data, decoding, lengths, names))
-        best = {}
-        for colour, name in enumerate(names):
-            own = [row for row in rows if row["method"] == name]
-            best[name] = curves.add(f"{name}, {decoding}", lengths, own, colour, style)
-        report.data[decoding] = {"rows": rows, "best": best}
-        report.parts.append("Best L by wall clock: " + ", ".join(f"{n} {name}" for name, n in best.items()) + ".")
-    report.data["teacher_forced"] = report.forced(bench, bench.data, bench.subject)
-    report.pictures["lookahead"] = curves.draw("look-ahead tokens L")
-    return report
+    lengths = range(1, 1 + bench.subject.model.config.n_lookahead)
+    yield from races(bench, in_a_row(bench, "two-pass", "fused", lengths=lengths))
 
 
-def trees(bench: Bench) -> Report:
-    """How many drafts should a tree have, and which exact rule is better? Chains and trees over the same L tokens.
-
-    A tree of N drafts has (N + 1)(1 + its depth) rows. Coupled, drafts are the best of the target's own race;
-    rejection draws them without replacement and tests one after the other. Greedy, both do the same.
-    """
-    report, curves, depth = Report(), Curves(), bench.lookahead[-1]
-    for style, decoding in zip(("-", "--", ":"), DECODINGS, strict=True):
-        plain = bench.contender(PLAIN, Plain(), bench.data, decoding)
-        add = partial(bench.contender, domain=bench.data, decoding=decoding, n_drafts=depth, baseline=plain)
-        contenders, rules = [plain], (COUPLED,) if decoding == GREEDY else (COUPLED, REJECTION)
-        for rule in rules:
-            contenders.append(add(f"chain, {rule}", Fused(depth, rule)))
-            contenders += [add(f"tree of {n}, {rule}", Fused(bench.tree(depth, n), rule)) for n in TREE_SIZES]
-        rows, _ = report.race(bench, bench.data, decoding, contenders)
-        report.data[decoding] = rows
-        for colour, rule in enumerate(rules):
-            own = [row for row in rows if row["method"].startswith("tree") and row["method"].endswith(rule)]
-            curves.add(f"{decoding}, {rule}", TREE_SIZES, own, colour, style)
-    report.data["teacher_forced"] = report.forced(bench, bench.data, bench.subject)
-    scale = {"xscale": "log", "xticks": TREE_SIZES, "xticklabels": TREE_SIZES}
-    report.pictures["trees"] = curves.draw("drafts in a tree", **scale)
-    return report
+@experiment("method", "tokens_per_pass", "speedup")
+def trees(bench: Bench) -> Tables:
+    """How many drafts should a tree have, and which exact rule is better? Coupled, drafts are the best of the target's
+    own race; rejection draws them without replacement and tests one after the other."""
+    depth = bench.options.lookahead[-1]
+    shapes = {f"chain of {depth}": depth} | {f"tree of {n}": bench.tree(depth, n) for n in (2, 4, 8, 16, 32)}
+    coupled = [Contender(name, Fused(shape)) for name, shape in shapes.items()]
+    others = [Contender(f"{name}, rejection", Fused(shape, REJECTION)) for name, shape in shapes.items()]
+    yield from races(bench, [*coupled, *others], decodings=DECODINGS)
 
 
-def auto(bench: Bench) -> Report:
+@experiment()
+def auto(bench: Bench) -> Tables:
     """Does --lookahead auto find what is fastest? Against chains and trees of fixed sizes, on code and on prose."""
-    report = Report()
-    lengths = [n for n in AUTO_LENGTHS if n <= bench.subject.model.config.n_lookahead]
-    trees = {n: bench.tree(lengths[-1], n) for n in TREE_SIZES[:3]}
-    for domain in dict.fromkeys([bench.data, "docstrings"]):
-        plain = bench.contender(PLAIN, Plain(), domain, GREEDY)
-        add = partial(bench.contender, domain=domain, decoding=GREEDY, baseline=plain)
-        contenders = [plain, *(add(FUSED, Fused(n), n_drafts=n) for n in lengths)]
-        contenders += [add(f"tree of {n}", Fused(tree)) for n, tree in trees.items() if tree.width > 1]  # no chains
-        contenders.append(add("auto", bench.auto(GREEDY)))
-        rows, samples = report.race(bench, domain, GREEDY, contenders)
-        best = max(range(1, len(rows) - 1), key=lambda i: rows[i]["speedup"][1])
-        ratio = paired_quartiles(*([sample.rate for sample in samples[i]] for i in (-1, best)))
-        report.parts.append(
-            f"Auto is at {spread(ratio)} of the best fixed choice, {label(rows[best])}, prompt by prompt."
-        )
-        forced = report.forced(bench, domain, bench.subject)
-        report.data[domain] = {"rows": rows, "over_best_fixed": ratio, "teacher_forced": forced}
-    report.draw_speedups("auto")
-    return report
+    lengths = range(1, 1 + min(4, bench.subject.model.config.n_lookahead))
+    trees = [Contender(f"tree of {n}", Fused(bench.tree(lengths[-1], n))) for n in (4, 8)]
+    rivals = [*in_a_row(bench, "fused", lengths=lengths), *trees, contenders.AUTO]
+    yield from races(bench, rivals, bench.options.data, PROSE, decodings=[GREEDY])
 
 
-def batches(bench: Bench) -> Report:
+@experiment("text", "speedup", series=["method"])
+def batches(bench: Bench) -> Tables:
     """Up to which batch does PaSS pay? A pass over many texts has many rows as it is."""
-    length, rows = bench.lookahead[0], []
-    engines = {PLAIN: bench.engine(Plain()), f"{FUSED}, L = {length}": bench.engine(Fused(length))}
-    for size in BATCHES:
-        windows = even_windows(bench.tokens(bench.subject, bench.data), size, bench.prompt_tokens).tolist()
-        prompts = [window[i % (bench.prompt_tokens // 2) :] for i, window in enumerate(windows)]  # ragged
-        actions = [partial(engine.generate, prompts, bench.new_tokens) for engine in engines.values()]
-        rates = len(prompts) * bench.new_tokens / seconds_in_turns(
-            actions, BATCH_REPEATS, bench.device, f"batches of {size}"
-        )  # fmt: skip
-        rows += [
-            {"batch": size, "method": name, "rate": quartiles(own), "speedup": paired_quartiles(own, rates[:, 0])}
-            for name, own in zip(engines, rates.T, strict=True)
-        ]
-    note = (
-        f"{bench.caption(bench.subject, GREEDY)}: different held-out prompts of {bench.prompt_tokens // 2} to "
-        f"{bench.prompt_tokens} tokens ({bench.data}), {bench.new_tokens} new tokens each, prefill included; "
-        f"{BATCH_REPEATS} runs of each in turns. A batch continues until its last text has ended."
-    )
-    columns = {
-        "batch": lambda row: str(row["batch"]),
-        "method": lambda row: row["method"],
-        "tokens/s, all texts": lambda row: f"{row['rate'][1]:.0f}",
-        "speed-up (quartiles)": lambda row: spread(row["speedup"]),
-    }
-    lines = [
-        plots.Line(name, BATCHES, [row["speedup"][1] for row in rows if row["method"] == name], colour)
-        for colour, name in enumerate(engines)
-    ]
-    scale = {"xscale": "log", "xticks": BATCHES, "xticklabels": BATCHES}
-    picture = plots.curves([plots.Panel("texts in a batch", OVER_PLAIN, lines, scale)])
-    return Report([note, table(rows, columns)], {"rows": rows}, {"batches": picture})
+    fused = in_a_row(bench, "fused", lengths=bench.options.lookahead[:1])
+    yield from races(bench, fused, *BATCHES, decodings=[GREEDY])
 
 
-def text_quality(bench: Bench) -> Report:
-    """Is the text as good with PaSS as without? Held-out function heads are completed by each method."""
-    heads = quality.function_heads(each.text for each in bench.heldout(bench.data))
-    encoded = quality.usable_heads(heads, bench.subject.loaded.encoding, bench.prompt_tokens)
-    if not encoded:
-        return Report([f"Left out: the held-out part of {bench.data} has no Python function of a length that fits."])
-    picked, length = [encoded[i * len(encoded) // bench.n_samples] for i in range(bench.n_samples)], bench.lookahead[0]
-    rows = []
-    for name, method in {PLAIN: Plain(), **bench.methods(length, SAMPLED)}.items():
-        engine = bench.engine(method, SAMPLED, bench.subject.model_of(name))
-        encoding = bench.subject.loaded.encoding
-        rows.append({"method": name, **quality.judge(engine, encoding, picked, bench.new_tokens, bench.seed, name)})
-    note = (
-        f"{bench.caption(bench.subject, SAMPLED)}: {bench.n_samples} heads of functions in held-out files "
-        f"({len(encoded)} different ones), {bench.new_tokens} new tokens each, L = {length}. A completion "
-        "is cut before its first line that is not indented, or before its last line where it has none. 95% intervals: "
-        "Wilson's, and +- 1.96 standard errors. Under the coupled rule the texts are plain decoding's but for rounding."
-    )
-    columns = {
-        "method": lambda row: row["method"],
-        "samples": lambda row: str(row["samples"]),
-        "parses (95%)": lambda row: "{:.1%} ({:.1%} to {:.1%})".format(row["parses"], *row["interval"]),
-        "log-likelihood per token under the base, nats": lambda row: (
-            f"{row['log_likelihood']:.3f} +- {row['half_width']:.3f}"
-        ),
-    }
-    drawn = [(row["method"], row["interval"][0], row["parses"], row["interval"][1]) for row in rows]
-    picture = plots.intervals([(f"completed functions, {SAMPLED}", drawn)], "share that parses (95%)")
-    return Report([note, table(rows, columns), bench.drafter()], {"rows": rows}, {"quality": picture})
+@experiment("position", "acceptance", "match", series=["checkpoint"])
+def acceptance(bench: Bench) -> Tables:
+    """Which training drafts best? With the checkpoints and runs of --compare. A base that predicts badly is easier to
+    draft for, so its loss is there too; a constant p is what a drafter has who knows nothing of the context."""
+    yield forced("rows", [bench.subject, bench.subject.headless, *bench.compared], bench.options.data)
 
 
-def against_peers(bench: Bench) -> Report:
+@experiment("checkpoint", "first_acceptance", "constant_acceptance", series=["text"])
+def bases(bench: Bench) -> Tables:
+    """Does the paper's recipe, a table on a frozen base, come alive as the base grows? For the runs of --compare."""
+    yield forced("rows", bench.compared or [bench.subject], bench.options.data)
+
+
+@experiment("rows", "milliseconds", "over_plain", series=["model"])
+def cost(bench: Bench) -> Tables:
+    """What does a turn cost, by rows and by size of the model? PaSS lives on rows that are nearly free. All but the
+    first model have random weights; one that stays in the processor's caches can be faster than memory."""
+    fused = in_a_row(bench, "fused", lengths=range(1, 1 + bench.subject.model.config.n_lookahead))
+    yield "rows", "Turns after a prompt:", contenders.turns(bench, fused, larger=True), COST
+
+
+@experiment("model", "predicted", series=["method"])
+def sizes(bench: Bench) -> Tables:
+    """A simulation: what would PaSS give for larger models, if their drafts were accepted as often as the subject's?
+    The time of a turn is measured, with random weights; tokens/pass are those of the subject's greedy text."""
+    trees = [Contender(f"tree of {n}", Fused(bench.tree(bench.options.lookahead[-1], n))) for n in (8, 16, 32)]
+    rows = contenders.predicted(bench, [*in_a_row(bench, "fused"), *trees], larger=True)
+    yield "rows", "Turns after a prompt:", rows, f"{COST} tokens_per_pass predicted"
+
+
+@experiment("method", "predicted", "observed", series=["model"])
+def check(bench: Bench) -> Tables:
+    """Does the cost model of a turn explain the speed-up? Predicted: tokens/pass x t(plain turn) / t(turn)."""
+    rows = contenders.predicted(bench, in_a_row(bench, "two-pass", "fused", "fused + prompt lookup", "tree of 4 L"))
+    yield "rows", "Turns after a prompt:", rows, f"{COST} tokens_per_pass predicted observed"
+
+
+@experiment("method", "parses", series=["decoding"])
+def quality(bench: Bench) -> Tables:
+    """Is the text as good with PaSS as without? Held-out heads of functions are completed by each method: how many
+    parse, and how many are plain decoding's. Coupled, all are but for rounding; with rejection, others as good."""
+    options, encoding, count, rows, plain = bench.options, bench.subject.encoding, bench.options.samples, [], []
+    found = functions.function_heads(document.text for document in heldout(options.data))
+    found = [head for head in found if len(encode_text(encoding, head)) <= options.prompt_tokens]
+    if not found:
+        raise InputError(f"{options.data} holds out no Python function whose head has at most --prompt-tokens")
+    heads = [found[i * len(found) // count] for i in range(count)]
+    names = ("two-pass", "fused", "fused, rejection", "tree of 4 L", "tree of 4 L, rejection", "two models")
+    for each in [contenders.PLAIN, *in_a_row(bench, *names, lengths=options.lookahead[:1])]:
+        engine = Engine(bench.subject.model, each.method, DECODINGS[SAMPLED], use_graphs=options.cuda_graphs)
+        made = functions.complete(engine, encoding, heads, options.new_tokens, options.seed)
+        plain, n_parsed = plain or made, sum(functions.parsed(code) is not None for code in made)
+        row = {"decoding": SAMPLED, "method": each.name, "parses": wilson_interval(n_parsed, count), "samples": count}
+        rows.append(row | {"as_plain": sum(map(str.__eq__, made, plain))})
+    yield "rows", f"`{bench.subject.name}`, {SAMPLED}, 95% intervals:", rows, "method samples parses as_plain"
+
+
+@experiment()
+def peers(bench: Bench) -> Tables:
     """Is PaSS faster than Hugging Face `generate` on the same weights: plain, with an assistant, with prompt lookup?"""
-    if not peers.installed():
-        return Report(["Left out: transformers is not installed (pip install -e '.[peers]')."], {"rows": []})
-    report, draft = Report(), bench.draft.model if bench.draft else None
-    for decoding in (GREEDY, SAMPLED):
-        contenders = bench.family(bench.data, decoding, bench.lookahead)
-        arguments = (bench.subject.model, draft, contenders[0], bench.new_tokens, bench.lookahead, DECODINGS[decoding])
-        theirs, difference = peers.contenders(*arguments)
-        rows, _ = report.race(bench, bench.data, decoding, contenders + theirs)
-        own, others = (
-            max((row for row in rows if (row["tokens_per_pass"] is None) == hf), key=lambda row: row["speedup"][1])
-            for hf in (False, True)
-        )
-        report.data[decoding] = {"rows": rows, "largest_difference": difference}
-        report.parts.append(
-            f"Fastest of ours: {label(own)}, {own['speedup'][1]:.2f}; of theirs: {label(others)}, "
-            f"{others['speedup'][1]:.2f}."
-        )
-    report.parts.append(
-        f"HF is transformers {peers.version()} with the same weights: its logits in float32 differ by at most "
-        f"{difference:.0e}. Ratios are against our plain decoding. {bench.drafter()}"
-    )
-    report.forced(bench, bench.data, bench.subject)
-    report.draw_speedups("peers")
-    return report
+    theirs = [Contender(*each) for each in contenders.forms(bench.draft and bench.draft.model).items()]
+    ours = in_a_row(bench, "two-pass", "fused", "fused + prompt lookup", "tree of 4 L", "two models")
+    yield from races(bench, [*ours, contenders.LOOKUP, *theirs])
 
 
-EXPERIMENTS: dict[str, Callable[[Bench], Report]] = {
-    "headline": headline,
-    "methods": methods,
-    "lookahead": lookahead,
-    "trees": trees,
-    "auto": auto,
-    "batches": batches,
-    "acceptance": trained.acceptance,
-    "bases": trained.bases,
-    "cost": costs.cost,
-    "sizes": costs.sizes,
-    "check": costs.check,
-    "quality": text_quality,
-    "peers": against_peers,
-    "pretrained": pretrained.pretrained,
-}
+@experiment(data=UNSEEN, prompts=3, new_tokens=40)
+def pretrained(bench: Bench) -> Tables:
+    """What does PaSS give on a real model, frozen: SmolLM2-135M (or the model of others that --checkpoint names) on
+    unseen code, prose, in chat, and where text repeats its prompt? `table` is the paper's look-ahead table alone,
+    `fixed token` an ordinary token in its place. (Of Hugging Face, no assistant: a smaller model of these tokens would
+    have to be there.)"""
+    corpus, best = bench.options.data, bench.subject
+    best = best if is_pretrained(best.name) else load(SMOLLM2, *bench.place)
+    table = replace(load(best.name, *bench.place, weights.NONE), name=f"{best.name}, table")
+    if not (most := min(4, best.model.config.n_lookahead, table.model.config.n_lookahead)):
+        raise InputError(f"nothing in the package was trained for {best.name}")
+    bench = replace(bench, subject=best, draft=None)
+    paper = {"two-pass": TwoPass(min(2, most)), "fused": Fused(most), "tree of 16": Fused(bench.tree(most, 16, table))}
+    alone = [Contender(f"{name}, table", method, table.model) for name, method in paper.items()]
+    fixed = TwoPass(min(2, most), fixed_token=best.model.config.vocab_size - 1)  # the paper's comparison: no table
+    alone.append(Contender("two-pass, fixed token", fixed, table.model))
+    more = {"fused, rejection": Fused(most, REJECTION), "tree of 16": Fused(bench.tree(most, 16))}
+    fused = in_a_row(bench, "fused", lengths=[n for n in (1, 2, 4) if n <= most])
+    both = [*fused, contenders.AUTO, contenders.LOOKUP, contenders.AUTO_LOOKUP]
+    both += [Contender(*each) for each in (more | contenders.forms(None)).items()]
+    yield from races(bench, [*alone, *both], corpus, decodings=[GREEDY])
+    yield from races(bench, both, corpus, CHAT, decodings=[SAMPLED])
+    yield from races(bench, both, PROSE, CHAT, EDIT, SUMMARY, decodings=[GREEDY])
+    yield forced("teacher_forced", [table, best], corpus, PROSE)
+    yield "turns", "What rows cost:", contenders.turns(bench, fused), COST
+
+
+def overview(experiments: dict) -> Figure | None:
+    """Plain decoding against PaSS, `auto`, with the tiny and the real model, greedy and sampled; None where one is not
+    there. experiments: what bench.py has written as JSON."""
+    speedups, wanted = {}, product((("headline", "tiny model"), ("pretrained", "SmolLM2")), (GREEDY, SAMPLED))
+    try:
+        for (name, title), decoding in wanted:
+            rows = [row for row in experiments[name]["rows"] if (row["method"], row["decoding"]) == ("auto", decoding)]
+            speedups[f"{title},\n{'greedy' if decoding == GREEDY else 'sampled'}"] = float(rows[0]["speedup"][1])
+    except (KeyError, TypeError, ValueError, IndexError):  # of an older bench, or not measured
+        return None
+    return bars(speedups, "plain", "PaSS", "Speed, writing code")

@@ -1,93 +1,83 @@
-"""How the bench says what it found: Markdown tables, and words for figures."""
+"""How the bench says what it found: Markdown tables, and pictures that read on light and dark pages.
 
-from collections.abc import Callable, Sequence
+The pictures' colours are told apart by colour-blind eyes, and each series has a marker of its own besides.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
-from minipass.extras.benchmark import plots
-from minipass.extras.benchmark.contenders import Bench, Subject
-from minipass.extras.benchmark.measuring import Contender, Sample, figures, take_turns
-
-OVER_PLAIN = "speed-up over plain decoding"
+COLOURS, LARGE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), 20
 
 
 @dataclass
 class Report:
-    """What an experiment found: Markdown, plain values for JSON, and pictures by name. panels: of plots.intervals."""
+    """What an experiment found: parts in Markdown, plain values for JSON, and a picture."""
 
     parts: list[str] = field(default_factory=list)
-    data: dict = field(default_factory=dict)
-    pictures: dict[str, Figure] = field(default_factory=dict)
-    panels: list[tuple[str, list[tuple[str, float, float, float]]]] = field(default_factory=list)
+    data: dict[str, list[dict]] = field(default_factory=dict)
+    picture: Figure | None = None
 
-    @property
-    def text(self) -> str:
-        return "\n\n".join(self.parts)
-
-    def race(
-        self, bench: Bench, domain: str, decoding: str, contenders: Sequence[Contender], counts: str = ""
-    ) -> tuple[list[dict], list[list[Sample]]]:
-        """Runs contenders against each other: measuring.figures of each, as a table too, and the samples."""
-        title = f"{domain}, {decoding}"
-        samples = take_turns(contenders, bench.seed, title)
-        rows = figures(contenders, samples)
-        self.parts.append(bench.caption(bench.subject, decoding, counts or bench.counts(domain)) + ":")
-        self.parts.append(table(rows, METHODS_TABLE))
-        speedups = [(label(row), *row["speedup"]) for row in rows if row["speedup"] != [1.0, 1.0, 1.0]]  # no baselines
-        self.panels.append((title, speedups))
-        return rows, samples
-
-    def draw_speedups(self, name: str) -> None:
-        """One picture of all races."""
-        self.pictures[name] = plots.intervals(self.panels, f"{OVER_PLAIN} (median, quartiles)", 1.0)
-
-    def forced(self, bench: Bench, domain: str, *subjects: Subject) -> dict[str, dict]:
-        """Says the teacher-forced figures of each subject; returns them by name."""
-        found = {each.name: bench.forced(each, domain) for each in subjects}
-        self.parts += [teacher_forced(name, f"held-out text ({domain})", forced) for name, forced in found.items()]
-        return found
+    def add(self, name: str, caption: str, rows: Sequence[dict], columns: str) -> None:
+        """Rows as a table of some fields, whose names are in `columns`, and as values under that name."""
+        self.data.setdefault(name, []).extend(rows)
+        fields = columns.split()
+        lines = [map(words, fields), ["---"] * len(fields), *([say(row[each]) for each in fields] for row in rows)]
+        self.parts += [caption, "\n".join(f"| {' | '.join(line)} |" for line in lines)]
 
 
-def table(rows: Sequence[dict], columns: dict[str, Callable[[dict], str]]) -> str:
-    """A Markdown table: by its head, what each column says of a row."""
-    lines = [[*columns], ["---"] * len(columns), *([cell(row) for cell in columns.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def words(field: str) -> str:
+    """A field's name, as it is shown."""
+    return field.replace("_", " ").replace(" per ", "/")
 
 
-def teacher_forced(name: str, text: str, figures: dict) -> str:
-    """losses.evaluate's figures of a checkpoint, in a sentence."""
-    return (
-        f"`{name}` teacher-forced on {text}: base loss {figures['loss']:.3f} nats/token; expected acceptance by "
-        f"position {shares(figures['acceptance'])}; greedy match {shares(figures['match'])}."
-    )
+def say(value: Any) -> str:
+    """A value in a table: of three numbers in a tuple, low, middle and high, the middle one comes first."""
+    if isinstance(value, tuple):
+        return "{1} ({0} to {2})".format(*map(say, value))
+    if isinstance(value, list):
+        return " ".join(map(say, value)) or "-"
+    if isinstance(value, float):
+        return f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"
+    return "-" if value is None else str(value)
 
 
-def shares(values: Sequence[float]) -> str:
-    """0.61 0.28 ..., or - for none."""
-    return " ".join(f"{value:.2f}" for value in values) or "-"
+def picture(rows: Sequence[dict], series: Sequence[str], x: str, *ys: str) -> Figure:
+    """A panel for each y, over x; all are names of fields, `series` of those that tell one series from another.
+
+    A y of three numbers is a bar with a point in it; over "position" a y is a list.
+    """
+    figure = Figure(figsize=(7.0 * len(ys), 6.0), layout="constrained", facecolor="white")
+    for axes, y in zip(figure.subplots(1, len(ys), squeeze=False)[0], ys, strict=True):
+        lines: dict[str, list] = {}
+        for row in rows:
+            name = ", ".join(row[each] for each in series)
+            for place, value in enumerate(row[y], 1) if x == "position" else [(row[x], row[y])]:
+                lines.setdefault(name, []).append((place, *np.broadcast_to(np.array(value, float), 3)))
+        for number, (name, points) in enumerate(lines.items()):
+            places, low, middle, high = zip(*points, strict=True)
+            style = {"color": COLOURS[number % 7], "marker": "osD^vPX"[number % 7], "label": name, "markersize": 5}
+            style["linestyle"] = "none" if x == "method" else "-"
+            axes.errorbar(places, middle, np.abs(np.subtract([low, high], middle)), **style)
+        axes.tick_params("x", rotation=90 if isinstance(rows[0].get(x), str) else 0)
+        axes.set(xlabel=words(x), ylabel=words(y))
+        axes.grid(color="#DDDDDD", linewidth=0.6)
+        axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return figure
 
 
-def spread(three: Sequence[float], digits: int = 2, scale: float = 1) -> str:
-    """A median with its quartiles."""
-    low, middle, high = (f"{scale * value:.{digits}f}" for value in three)
-    return f"{middle} ({low} to {high})"
-
-
-def label(row: dict) -> str:
-    """A row of measuring.figures by name and L."""
-    return f"{row['method']}, L = {row['lookahead']}" if row["lookahead"] else row["method"]
-
-
-METHOD: dict[str, Callable[[dict], str]] = {
-    "method": lambda row: row["method"],
-    "L": lambda row: str(row["lookahead"] or "-"),
-    "tokens/pass": lambda row: f"{row['tokens_per_pass']:.2f}" if row["tokens_per_pass"] else "-",
-}
-METHODS_TABLE = METHOD | {
-    "accepted by position": lambda row: shares(row["accepted_by_position"]),
-    "speed-up (quartiles)": lambda row: spread(row["speedup"]),
-    "tokens/s": lambda row: f"{row['tokens_per_second'][1]:.0f}",
-    "repeated 8-grams": lambda row: f"{row['repeated_8grams']:.0%}",
-    "as plain": lambda row: f"{row['same_text']:.0%}",
-}
+def bars(speedups: dict[str, float], base: str, name: str, title: str) -> Figure:
+    """Large, for small screens: for each label two bars, the base's, and one that is that many times as long."""
+    figure = Figure(figsize=(8.7, 1.7 * len(speedups) + 0.9), layout="constrained", facecolor="white")
+    axes, places, lengths = figure.subplots(), np.arange(len(speedups)), [*speedups.values()]
+    said = [f" {name} {length:.2f}x" for length in lengths]
+    axes.bar_label(axes.barh(places - 0.2, 1, 0.38, color="#999999"), [f" {base}"] * len(lengths), fontsize=LARGE)
+    axes.bar_label(axes.barh(places + 0.2, lengths, 0.38, color=COLOURS[1]), said, fontsize=LARGE)
+    axes.set_yticks(places, labels=[*speedups], fontsize=LARGE)
+    axes.set_title(title, fontsize=LARGE)
+    axes.set(xlim=(0, 1.35 * max(1, *lengths)), ylim=(len(lengths) - 0.5, -0.5), xticks=[])
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    return figure

@@ -1,0 +1,54 @@
+"""Functions in Python, to judge sampled text by: heads of held-out ones, completed, and whether that parses."""
+
+import ast
+import re
+import warnings
+from collections.abc import Iterable
+from contextlib import suppress
+
+import tiktoken
+from tqdm import tqdm
+
+from minipass.decode import Engine
+from minipass.tokenizer import encode_text, stop_tokens
+
+BATCH = 32
+
+
+def parsed(code: str) -> ast.Module | None:
+    """Python, by `ast`; None for what is not."""
+    with warnings.catch_warnings(), suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        warnings.simplefilter("ignore")  # the compiler's opinion of other people's escapes
+        return ast.parse(code)
+    return None
+
+
+def function_heads(texts: Iterable[str]) -> list[str]:
+    """The heads, `def` to `:`, of all functions and methods in Python texts: each once, as ast.unparse writes them.
+
+    A head keeps no line end: tokens of Python hold it together with the indentation of the next line.
+    """
+    heads = {}
+    for node in (node for text in texts for node in ast.walk(parsed(text) or ast.Module([], []))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            bare = type(node)(node.name, node.args, [ast.Pass()], [], node.returns, lineno=0)
+            heads[ast.unparse(bare).removesuffix("\n    pass")] = None
+    return list(heads)
+
+
+def complete(engine: Engine, encoding: tiktoken.Encoding, heads: list[str], n_new: int, seed: int) -> list[str]:
+    """The functions that come of heads, each continued once, up to an end-of-text token or n_new tokens.
+
+    What follows a function, from the first line that is not indented, is cut off; where nothing does, the last line,
+    which may be half a line, unless the text has ended.
+    """
+    stop, functions = stop_tokens(encoding), []
+    for start in tqdm(range(0, len(heads), BATCH), unit="batch", dynamic_ncols=True):
+        batch = heads[start : start + BATCH]
+        prompts = [encode_text(encoding, head).tolist() for head in batch]
+        made = engine.generate(prompts, n_new, stop_token=stop, seed=seed + start).tokens
+        for head, tokens in zip(batch, made, strict=True):
+            text = encoding.decode([token for token in tokens if token not in stop])
+            inside, *after = re.split(r"\n(?=\S)", text, maxsplit=1)
+            functions.append(head + (inside if after or tokens[-1] in stop else inside.rpartition("\n")[0]))
+    return functions
