@@ -37,8 +37,9 @@ LARGER = {  # sizes of models with random weights, whose only use is to be timed
     "cpu": [(8, 8, 512), (12, 12, 768)],
     "cuda": [*((*size, 0, 0, 50_257, 1024) for size in GPT2), *((*size, 49_152, 2048) for size in LLAMA)],
 }
-# Turns that are timed; more tokens than these make; float32 numbers read from memory; untimed tokens before a race.
-REPEATS, MANY_TOKENS, READ, WARM_UP = 20, 10_000, 2**26, 16
+# Turns that are timed; more tokens than these make, but few: a turn reads the room for them; float32 numbers read from
+# memory; untimed tokens before a race.
+REPEATS, MANY_TOKENS, READ, WARM_UP = 20, 300, 2**26, 16
 
 
 class Contender(NamedTuple):
