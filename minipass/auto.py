@@ -2,7 +2,7 @@
 
 More drafts and more look-ahead tokens save passes, but every row takes time: little where a pass is bound by reading
 weights, much where it is bound by computing. The choice rests on a small model of a generation, `expected_tokens`: it
-may be wrong about speed, never about the text.
+may be wrong about speed, never about the text. Where no drafts are worth their rows, it decodes plainly.
 """
 
 import heapq
@@ -27,8 +27,9 @@ LONGEST_PROMPT = 256  # before turns that are timed
 N_WARM_UP = 3  # turns that are not timed
 MOST_AUTO_LOOKAHEAD = 5  # deeper trees are not worth the time to try them
 SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)  # of the accuracy, for which an AdaptiveTree keeps a tree ready
-PRIOR_TESTS, FORGET = 6.0, 0.95  # what was seen weighs less from one choice to the next
+PRIOR_TESTS, FORGET = 6.0, 0.9  # what was seen weighs less from one choice to the next
 FIRST_CHOICE, MOST_TURNS_BETWEEN = 4, 32  # turns until an AdaptiveTree chooses, doubled up to the latter
+NO_DRAFTS = chain(0)  # plain decoding
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # drafts of the trees to choose from
 
 
@@ -124,10 +125,10 @@ def n_rows(tree: DraftTree) -> int:
 
 
 def fastest_tree(accuracy: Accuracy, seconds: Callable[[int], float]) -> DraftTree:
-    """The tree with most expected tokens per second."""
+    """The tree with most expected tokens per second, or none where plain decoding has most."""
     trees = (best_tree(accuracy[:depth], n) for depth in range(1, 1 + len(accuracy)) for n in SIZES)
     shapes = [shape for tree in trees for shape in with_fewer_rows(tree, accuracy)]
-    return max(shapes, key=lambda shape: expected_tokens(shape, accuracy) / _time(seconds, n_rows(shape)))
+    return max([NO_DRAFTS, *shapes], key=lambda shape: expected_tokens(shape, accuracy) / _time(seconds, n_rows(shape)))
 
 
 def turn_times(streams: Sequence[Iterator[Turn]], n_turns: int) -> list[list[float]]:
@@ -151,7 +152,7 @@ def turn_seconds(
 
     Takes a fraction of a second for a small model.
     """
-    trees = [best_tree(accuracy, n) for n in (1, 2, 4, 8, 16, 32)]
+    trees = [best_tree(accuracy, n) for n in (0, 1, 2, 4, 8, 16, 32)]
     n_tokens = (N_WARM_UP + turns) * (1 + len(accuracy))
     prompt = [0] * max(1, min(model.config.block_size // 4, LONGEST_PROMPT))
     engines = [Engine(model, Fused(tree, rule), sampling, use_graphs=use_graphs) for tree in trees]
@@ -163,6 +164,8 @@ def turn_seconds(
 class AdaptiveTree:
     """Changes, while a text is written, to the tree that is fastest for how often its drafts were accepted so far.
 
+    Where that is none, turns decode plainly; since these show nothing of drafts, a tree is tried again now and then.
+
     accuracy: as evaluated beforehand; seconds: of a turn by rows. The choice, from a few trees, depends on past turns
     alone, so the text keeps the target's distribution. What was learned from one text serves the next one.
     Raises InputError when a figure is missing or not finite, or a turn takes no time.
@@ -171,7 +174,7 @@ class AdaptiveTree:
     def __init__(self, accuracy: Accuracy, seconds: Callable[[int], float]):
         accuracy = _numbers(accuracy)
         fastest = [fastest_tree(scaled(accuracy, scale), seconds) for scale in SCALES]
-        self.trees = list(dict.fromkeys([*fastest, *(chain(n) for n in range(1, 1 + len(accuracy)))]))
+        self.trees = list(dict.fromkeys([*fastest, *(chain(n) for n in range(1 + len(accuracy)))]))
         self.seconds = [_time(seconds, n_rows(tree)) for tree in self.trees]
         self.tree = fastest[SCALES.index(1.0)]
         # Of each depth and rank: how often it was tested, its better siblings having failed, and how often accepted.
@@ -215,7 +218,11 @@ class AdaptiveTree:
         missed = np.cumprod(1 - conditional, axis=1) / np.maximum(1 - conditional, 1e-9)
         accuracy = (conditional * missed).tolist()
         rates = [expected_tokens(tree, accuracy) / own for tree, own in zip(self.trees, self.seconds, strict=True)]
-        self.tree = self.trees[int(np.argmax(rates))]
+        fastest, second = (self.trees[i] for i in np.argsort(rates)[:-3:-1])
+        if fastest == self.tree == NO_DRAFTS:
+            self.tree, self.next_choice = second, self.n_turns + FIRST_CHOICE  # tries again
+        else:
+            self.tree = fastest
         self.accepted, self.tested = FORGET * self.accepted, FORGET * self.tested
 
 

@@ -10,6 +10,9 @@ import pytest
 from conftest import ACCURACY, chi_square_p_value, chooser, random_model, sequence_probabilities
 
 from minipass.auto import (
+    FIRST_CHOICE,
+    MOST_TURNS_BETWEEN,
+    NO_DRAFTS,
     SIZES,
     AdaptiveTree,
     Auto,
@@ -93,10 +96,10 @@ def test_rows_are_taken_away_one_by_one_from_the_least_worth_on():
     assert expected == sorted(expected, reverse=True)
 
 
-def test_free_rows_buy_the_largest_tree_and_dear_rows_the_smallest():
+def test_free_rows_buy_the_largest_tree_and_dear_rows_none():
     free, dear = fastest_tree(ACCURACY, lambda rows: 1.0), fastest_tree(ACCURACY, lambda rows: float(rows))
     assert len(free.parents) == max(SIZES)
-    assert len(dear.parents) == 1
+    assert dear == NO_DRAFTS
     between = fastest_tree(ACCURACY, lambda rows: 1 + 0.02 * rows)
     assert 1 < len(between.parents) < max(SIZES)
 
@@ -200,6 +203,22 @@ def test_accuracy_is_learned_by_depth_and_rank_from_what_was_tested():
     conditional = adaptive.accepted / adaptive.tested
     assert conditional[0, 0] > 0.9
     assert conditional[0, 1] == pytest.approx(0.2 / 0.5), "never tested, since the first was right"
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_where_drafts_fail_it_decodes_plainly_and_tries_again_now_and_then(right):
+    """Plain turns show nothing of drafts; when those of a trial are right, it goes on with them."""
+    adaptive, trees = AdaptiveTree(ACCURACY, lambda rows: 1 + 0.25 * (rows > 1)), []
+    for turn in range(1_000):
+        trees.append(adaptive.tree)
+        tree = adaptive.tree.cut(max(adaptive.available))
+        accepted = right and turn >= 500 and tree.parents != ()
+        shape = Shape(tree, adaptive.tree.depth[-1])
+        adaptive.add(turn_of(shape, tree.depth[-1], int(accepted), int(accepted)))
+    plain = [tree == NO_DRAFTS for tree in trees]
+    share = FIRST_CHOICE / (FIRST_CHOICE + MOST_TURNS_BETWEEN)
+    assert sum(plain[100:500]) / 400 == pytest.approx(1 - share, abs=0.03)
+    assert sum(plain[750:]) == 0 if right else sum(plain[750:]) > 200
 
 
 def learning(tree: DraftTree) -> AdaptiveTree:
