@@ -7,7 +7,6 @@ may be wrong about speed, never about the text. Where no drafts are worth their 
 
 import heapq
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ from minipass.texts import Texts, Turn
 from minipass.trees import MOST_DRAFTS, DraftTree, Shape, chain
 
 Accuracy = Sequence[Sequence[float]]  # (L, K): how often the draft of each rank is right at each depth, as evaluated
-LONGEST_PROMPT = 256  # before turns that are timed
-N_WARM_UP = 3  # turns that are not timed
+TIMED_SIZES = (1, 4, 12, 32)  # drafts of the trees whose turns are timed
+LONGEST_PROMPT = 64  # before these turns
+N_WARM_UP, FEWEST_TURNS, ENOUGH_SECONDS = 2, 3, 3.0  # turns that are not timed; when to stop
 MOST_AUTO_LOOKAHEAD = 5  # deeper trees are not worth the time to try them
 SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)  # of the accuracy, for which an AdaptiveTree keeps a tree ready
 PRIOR_TESTS, FORGET = 6.0, 0.9  # what was seen weighs less from one choice to the next
@@ -131,34 +131,35 @@ def fastest_tree(accuracy: Accuracy, seconds: Callable[[int], float]) -> DraftTr
     return max([NO_DRAFTS, *shapes], key=lambda shape: expected_tokens(shape, accuracy) / _time(seconds, n_rows(shape)))
 
 
-def turn_times(streams: Sequence[Iterator[Turn]], n_turns: int) -> list[list[float]]:
-    """Seconds of n_turns turns of each stream, taking turns with each other, after a warm-up.
-
-    A turn has waited for the device when it comes, so the clock needs no more.
-    """
-    times: list[list[float]] = [[] for _ in streams]
-    for _ in range(N_WARM_UP + n_turns):
-        for stream, own in zip(streams, times, strict=True):
-            began = time.perf_counter()
-            next(stream)
-            own.append(time.perf_counter() - began)
-    return [own[N_WARM_UP:] for own in times]
-
-
 def turn_seconds(
     model: GPT, accuracy: Accuracy, sampling: Sampling, *, rule: str = COUPLED, use_graphs: bool = False, turns: int = 9
 ) -> Callable[[int], float]:
     """Measures turns with trees of several sizes; returns the time of a turn, interpolated over rows.
 
-    Takes a fraction of a second for a small model.
+    The trees take turns with each other, `turns` times each; fewer where that takes long, as on a CPU with a large
+    model. A turn has waited for the device when it comes, so the clock needs no more.
     """
-    trees = [best_tree(accuracy, n) for n in (0, 1, 2, 4, 8, 16, 32)]
+    trees = [NO_DRAFTS]
+    for n in TIMED_SIZES:  # look-ahead tokens after the root alone: it is rows that count
+        drafts = best_tree(accuracy, n)
+        trees.append(DraftTree(drafts.parents, (drafts.depth[-1], *[0] * len(drafts.parents))))
+    trees = list(dict.fromkeys(trees))
     n_tokens = (N_WARM_UP + turns) * (1 + len(accuracy))
     prompt = [0] * max(1, min(model.config.block_size // 4, LONGEST_PROMPT))
     engines = [Engine(model, Fused(tree, rule), sampling, use_graphs=use_graphs) for tree in trees]
-    times = turn_times([engine.stream(prompt, n_tokens) for engine in engines], turns)
-    rows, medians = [n_rows(tree) for tree in trees], [statistics.median(own) for own in times]
-    return lambda n: float(np.interp(n, rows, medians))
+    streams, times = [engine.stream(prompt, n_tokens) for engine in engines], []
+    started = time.perf_counter()
+    while len(times) < N_WARM_UP + min(turns, FEWEST_TURNS) or (
+        len(times) < N_WARM_UP + turns and time.perf_counter() - started < ENOUGH_SECONDS
+    ):
+        times.append([])
+        for stream in streams:
+            began = time.perf_counter()
+            next(stream)
+            times[-1].append(time.perf_counter() - began)
+    rows, medians = [n_rows(tree) for tree in trees], np.median(times[N_WARM_UP:], axis=0)
+    slope = max(0.0, (medians[-1] - medians[-2]) / (rows[-1] - rows[-2]))  # of larger trees
+    return lambda n: float(np.interp(n, rows, medians) + slope * max(0, n - rows[-1]))
 
 
 class AdaptiveTree:

@@ -1,4 +1,4 @@
-"""The bench's experiments: a question, what is compared with what on which texts, and how that is drawn."""
+"""The bench's experiments. Each has a question, the contenders, the texts, and a picture."""
 
 import argparse
 import os
@@ -25,16 +25,16 @@ from minipass.tokenizer import encode_text
 RACE = "method tokens_per_pass accepted_by_position speedup tokens_per_second first_ms repeated_8grams same_text"
 FORCED = "checkpoint text million_weights stage seconds loss acceptance constant_acceptance match"
 COST = "model million_weights method rows milliseconds over_plain bandwidth_share"
-DEFAULTS = {"data": "python", "prompts": 12, "new_tokens": 120}
+DEFAULTS = {"data": "python", "prompts": 6, "new_tokens": 120}
 UNSEEN = os.path.dirname(matplotlib.__file__)  # code that no training of adapters saw
 EXPERIMENTS: dict[str, Callable[[Bench], Report]] = {}
 Tables = Iterator[tuple]  # arguments of Report.add
 
 
 def experiment(*drawn: str, series: Sequence[str] = ("text", "decoding"), **defaults) -> Callable:
-    """Adds an experiment, a function that gives tables, to EXPERIMENTS. Its docstring is its question.
+    """Adds an experiment, a function that yields tables, to EXPERIMENTS. Its docstring is its question.
 
-    drawn, series: reporting.picture's, of the tables' rows. defaults: of options that the user does not give.
+    drawn, series: arguments of reporting.picture, for the tables' rows. defaults: for options that the user leaves out.
     """
 
     def add(tables: Callable[[Bench], Tables]) -> Callable:
@@ -65,7 +65,7 @@ def races(
 
 
 def forced(name: str, subjects: Sequence[Subject | None], *sources: str) -> tuple:
-    """Teacher-forced figures of each subject on each corpus: loops in a text do not flatter these."""
+    """Teacher-forced figures of each subject on each corpus; a text's loops do not make these look better."""
     rows = [subject.forced(source) for source in sources for subject in subjects if subject]
     rows.sort(key=lambda row: row["million_weights"])
     return name, "Teacher-forced on held-out text:", rows, FORCED
@@ -214,13 +214,13 @@ def pretrained(bench: Bench) -> Tables:
 
 
 def overview(experiments: dict) -> Figure | None:
-    """Plain decoding against PaSS, `auto`, with the tiny and the real model, greedy and sampled; None where one is not
-    there. experiments: what bench.py has written as JSON."""
+    """Plain decoding against PaSS (`auto`), for the tiny and the real model, greedy and sampled; None if one of them is
+    missing. experiments: what bench.py has written as JSON."""
     speedups, wanted = {}, product((("headline", "tiny model"), ("pretrained", "SmolLM2")), (GREEDY, SAMPLED))
     try:
         for (name, title), decoding in wanted:
             rows = [row for row in experiments[name]["rows"] if (row["method"], row["decoding"]) == ("auto", decoding)]
             speedups[f"{title},\n{'greedy' if decoding == GREEDY else 'sampled'}"] = float(rows[0]["speedup"][1])
-    except (KeyError, TypeError, ValueError, IndexError):  # of an older bench, or not measured
+    except (KeyError, TypeError, ValueError, IndexError):  # from an older bench, or not measured
         return None
     return bars(speedups, "plain", "PaSS", "Speed, writing code")
