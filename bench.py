@@ -1,7 +1,7 @@
-"""Measures what PaSS gives: tokens/pass, acceptance by position and wall clock against plain decoding.
+"""Measures PaSS against plain decoding: tokens/pass, acceptance by position and wall-clock time.
 
 `python bench.py` measures the shipped joint model, greedy and sampled, in a few minutes; --full runs all experiments,
---only NAME ... some. Prompts come from held-out files only. The tables on standard output are Markdown.
+--only NAME... some of them. Prompts come from held-out files only. The tables on standard output are Markdown.
 """
 
 import argparse
@@ -30,23 +30,23 @@ def parse_arguments() -> argparse.Namespace:
     description, shape = f"{__doc__}\nexperiments:\n{questions}", argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=shape)
     add, which = parser.add_argument, parser.add_mutually_exclusive_group()
-    which.add_argument("--full", action="store_true", help="run all experiments, but for those that lack something")
+    which.add_argument("--full", action="store_true", help="run all experiments that have what they need")
     which.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME", help="run these (default: headline)")
     add("--checkpoint", default="joint", help="a file, or the name of one in the package (default: %(default)s)")
     add("--draft-model", metavar="CHECKPOINT", help="drafts for two-model decoding (default: draft, if it fits)")
     add("--compare", nargs="+", default=[], metavar="RUN", help="acceptance, bases: checkpoints, or folders of runs")
-    add("--data", help=f"a path, {', '.join(BUILT_IN)}: its held-out files give the prompts (default: code)")
-    add("--lookahead", nargs="+", type=int, metavar="L", help="drafts in a row (default: 2 4)")
+    add("--data", help=f"a path, {', '.join(BUILT_IN)}: its held-out files give the prompts (default: python)")
+    add("--lookahead", nargs="+", type=int, metavar="L", help="drafts in a chain (default: 2 4)")
     add("--prompts", type=int, help="number of prompts (default: each experiment's own)")
     add("--prompt-tokens", type=int, default=100, help="tokens of each prompt (default: %(default)s)")
     add("--new-tokens", type=int, help="tokens generated for each (default: each experiment's own)")
-    add("--samples", type=int, default=800, help="quality: functions for each method (default: %(default)s)")
-    add("--seed", type=int, default=0)
+    add("--samples", type=int, default=200, help="quality: functions that each method completes (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto)")
-    add("--cuda-graphs", action="store_true", help="on CUDA: record the turns of all methods, and replay them")
+    add("--cuda-graphs", action="store_true", help="on CUDA, record the turns of all methods and replay them")
     add("--json", type=Path, metavar="PATH", help="add all figures to this file, after each experiment")
-    add("--plots", type=Path, metavar="FOLDER", help="also draw; with --json an overview of all that is there, too")
+    add("--plots", type=Path, metavar="FOLDER", help="also draw pictures; with --json an overview of that file, too")
     args = parser.parse_args()
     for name, least in {"prompts": 1, "prompt_tokens": 1, "samples": 1, "new_tokens": 2, "seed": 0}.items():
         given = getattr(args, name)
@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> Bench:
-    """Loads the checkpoints and sees that they fit together, before anything is measured."""
+    """Loads the checkpoints and checks that they fit together, before anything is measured. Raises InputError."""
     device = choose_device(args.device)
     place = device, choose_dtype(args.dtype, device)
     if args.cuda_graphs and not graphs.available(device):
@@ -80,7 +80,7 @@ def prepare(args: argparse.Namespace) -> Bench:
 
 
 def setting(bench: Bench) -> str:
-    """Where and how a run was made, in words."""
+    """The machine and the settings of a run, in words."""
     (device, dtype), cpuinfo = bench.place, Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else [*names, platform.machine()][0]
@@ -99,12 +99,12 @@ def commit() -> str:
 
 
 def read_results(path: Path | None) -> dict:
-    """By experiment what an earlier run wrote there, or nothing. Raises InputError for a file of another kind."""
+    """What earlier runs wrote there, by experiment; empty if no file is there. Raises InputError for another file."""
     try:
         found = json.loads(path.read_text()) if path and os.path.isfile(path) else {"experiments": {}}
         return {**found["experiments"]}  # a TypeError for another kind
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is there already and not a file of this script: name another with --json") from error
+        raise InputError(f"{path} exists already but not from this script: name another file with --json") from error
 
 
 def main() -> None:
@@ -122,7 +122,7 @@ def main() -> None:
             png = {"format": "png", "dpi": 130, "metadata": {"Software": None}}
             atomic_write(args.plots / f"{name}.png", lambda path: figure.savefig(path, **png))
 
-    write_results()  # before hours are spent: the place may take no file
+    write_results()  # before hours are spent: perhaps no file can be written there
     if args.plots:
         atomic_write(args.plots / "bench.txt", lambda path: path.write_text(f"{where}\n"))
     for name in EXPERIMENTS if args.full else args.only or ["headline"]:

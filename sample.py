@@ -1,7 +1,7 @@
 """Continues a prompt, with PaSS (`--pass`) or without, or answers a question (`--chat`).
 
-The text appears as it comes, on a terminal coloured by where each token came from. One line of statistics follows on
-standard error.
+The text appears as it is written; a terminal shows it coloured by where each token came from. One line of statistics
+follows on standard error.
 """
 
 import argparse
@@ -48,9 +48,9 @@ CHAT_TEMPERATURE = 0.0  # small models are right more often when they are greedy
 EXAMPLES = """Five examples
 
   python sample.py --pass                               the default prompt
-  python sample.py "def main(argv):" --pass tree        a prompt of yours, with a tree of drafts
+  python sample.py "def main(argv):" --pass tree        your own prompt, with a tree of drafts
   python sample.py --pass --compare --dtype float64     the speed-up, and a check that the text stays the same
-  python sample.py --pass --trace trace.html            every turn, to look into
+  python sample.py --pass --trace trace.html            a web page that shows every turn
   python sample.py --checkpoint smollm2 --chat --pass   a conversation with a pretrained model
 """
 COLOURS = {ACCEPTED: "32", BONUS: "36", CORRECTED: "33"}  # green, cyan, yellow; a sampled token stays as it is
@@ -67,11 +67,11 @@ def parse_arguments() -> argparse.Namespace:
     add("text", nargs="?", metavar="PROMPT", help="text to continue, or - to read it from standard input (default: the "
         "beginning of a Python class)")  # fmt: skip
     add("--prompt", metavar="PROMPT", help="another way to give the prompt")
-    add("--keep-newline", action="store_true", help="keep the line end that standard input ends with")
-    add("--chat", nargs="?", const="", metavar="TEXT", help="answer TEXT, with a model that knows conversations; "
-        "without TEXT, hold a conversation, which ends with an empty line")  # fmt: skip
+    add("--keep-newline", action="store_true", help="keep the last line end of standard input")
+    add("--chat", nargs="?", const="", metavar="TEXT", help="answer TEXT, with a model trained for conversations; "
+        "without TEXT, hold a conversation, which an empty line ends")  # fmt: skip
     add("--system", default="", metavar="TEXT", help="instructions to the model of --chat (default: "
-        "none, not those of its chat template)")  # fmt: skip
+        "none, not even those of its chat template)")  # fmt: skip
     add(
         "--max-new-tokens",
         type=int,
@@ -81,15 +81,15 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument_group("how to draft").add_argument
     add("--pass", dest="variant", nargs="?", const="fused", choices=("fused", "two-pass", "tree"), help="use parallel "
         "speculative sampling; fused (the default): each pass verifies drafts and makes the next ones; two-pass: the "
-        "paper's way, one pass drafts and one verifies; tree: fused, with several drafts for each place")  # fmt: skip
+        "paper's way, one pass drafts, one verifies; tree: fused, with several drafts for each position")  # fmt: skip
     add("--lookahead", type=length, metavar="L", help="draft L tokens ahead; auto: choose the fastest tree of drafts, "
-        "from a short measurement of this machine and from what is accepted as the text grows (default: "
-        f"{DEFAULT_LOOKAHEAD}, in a tree all that the model has)")  # fmt: skip
+        "or none, by a short measurement of this machine and by what is accepted as the text grows (default: "
+        f"{DEFAULT_LOOKAHEAD}, in a tree as many as the model has look-ahead tokens)")  # fmt: skip
     add("--tree-size", type=int, metavar="N", help="draft N tokens a pass, in --pass tree (default: "
         f"{DEFAULT_TREE_SIZE})")  # fmt: skip
-    add("--prompt-lookup", type=int, nargs="?", const=DEFAULT_LOOKUP, metavar="N", help="where the last tokens stood "
-        "in the text before, copy what followed as N drafts (%(const)s if N is left out); works without --pass, "
-        "too")  # fmt: skip
+    add("--prompt-lookup", type=int, nargs="?", const=DEFAULT_LOOKUP, metavar="N", help="if the text's last "
+        "tokens stood in it before, copy the N tokens that followed as drafts (N is %(const)s if left out); works "
+        "without --pass, too")  # fmt: skip
     add("--rule", choices=RULES, help="coupled: accept a draft if the target draws the same token from the same noise, "
         "so that the text is plain decoding's; rejection: the paper's rule (default: coupled, but rejection for "
         "two-pass)")  # fmt: skip
@@ -101,25 +101,26 @@ def parse_arguments() -> argparse.Namespace:
         help=f"0 always takes the likeliest token (default: 0.8, in --chat {CHAT_TEMPERATURE:g})",
     )
     add("--top-k", type=int, default=10, metavar="K", help="draw from the K likeliest tokens (default: %(default)s)")
-    add("--top-p", type=float, metavar="P", help="of these, draw from the fewest that have probability P together "
+    add("--top-p", type=float, metavar="P", help="of these, draw from the fewest that together have probability P "
         "(default: all)")  # fmt: skip
     add("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default: %(default)s)")
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", default="joint", metavar="MODEL", help="a model of this package (joint, frozen, draft), a file "
         "or folder that train_tiny.py made, smollm2, a GGUF file, a folder of a GPT-2 or Llama, or its name on the "
         "Hugging Face hub (default: %(default)s)")  # fmt: skip
-    add("--adapters", metavar="FILE", help="what was trained to draft for this model; none: its look-ahead tokens "
-        "alone, as in the paper (default: the best in the package)")  # fmt: skip
-    add("--lookahead-table", dest="adapters", help=argparse.SUPPRESS)  # its name until now
+    add("--adapters", metavar="FILE", help="file of look-ahead tokens and what else was trained to draft for this "
+        "model, or the folder of the run that made it; none: the look-ahead tokens alone, as in the paper (default: "
+        "the best in the package)")  # fmt: skip
+    add("--lookahead-table", dest="adapters", help=argparse.SUPPRESS)  # its old name
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto, CUDA where there is one)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64 (default: auto, bfloat16 where "
-        "the hardware computes in it)")  # fmt: skip
+        "the hardware computes in it, else float32)")  # fmt: skip
     add("--cuda-graphs", action="store_true", help="record each turn as a CUDA graph and replay it")
-    add("--compile", dest="cuda_graphs", action="store_true", help=argparse.SUPPRESS)  # its name until now
+    add("--compile", dest="cuda_graphs", action="store_true", help=argparse.SUPPRESS)  # its old name
     add = parser.add_argument_group("output").add_argument
     add("--compare", action="store_true", help="write no text, but time this prompt with and without PaSS")
     add("--json", action="store_true", help="print the text, its tokens and the statistics as one JSON object")
-    add("--trace", type=Path, metavar="FILE", help="also write a web page that shows what every turn did")
+    add("--trace", type=Path, metavar="FILE", help="also write a web page that shows every turn")
     args = parser.parse_args()
     if args.text is not None:
         if args.prompt is not None:
@@ -174,9 +175,10 @@ def length(argument: str) -> int | str:
 
 
 def choose_method(loaded: weights.Checkpoint, args: argparse.Namespace, sampling: Sampling) -> Any:
-    """What the options under "how to draft" say.
+    """The method that the options under "how to draft" ask for.
 
-    Trees are chosen by the accuracy of drafts that was measured at the end of the checkpoint's training.
+    Trees follow the accuracy of drafts that was measured at the end of the checkpoint's training. Raises InputError for
+    what the checkpoint cannot do.
     """
     n_lookahead = loaded.model.config.n_lookahead
     if args.variant and n_lookahead == 0:
@@ -214,7 +216,7 @@ def read_prompt(argument: str | None, keep_newline: bool) -> bytes:
 
 
 class TextPrinter:
-    """Writes tokens as they come; a character whose bytes are spread over tokens appears with the last of them."""
+    """Writes tokens as they are made; a character that is spread over several tokens appears with the last of them."""
 
     def __init__(self, encoding, coloured: bool):
         self.encoding, self.coloured, self.hidden = encoding, coloured, stop_tokens(encoding)
@@ -241,7 +243,7 @@ def run(turns: Iterator[Turn], on_turn: OnTurn = lambda turn: None) -> tuple[Gen
 
 
 def ask(loaded: weights.Checkpoint, system: str, question: str, before: Sequence[dict[str, str]] = ()) -> list[int]:
-    """The tokens of a question, behind instructions and the messages before it, up to where the answer begins."""
+    """The tokens of the instructions, the earlier messages and a question, up to where the answer begins."""
     messages = [{"role": "system", "content": system}, *before, {"role": "user", "content": question}]
     return encode_chat(loaded.encoding, loaded.chat_template, messages)
 
@@ -249,7 +251,7 @@ def ask(loaded: weights.Checkpoint, system: str, question: str, before: Sequence
 def converse(loaded: weights.Checkpoint, engine: Engine, args: argparse.Namespace) -> None:
     """Questions from standard input, answers to standard output, until an empty line or the end of the input.
 
-    The engine keeps its cache: of each prompt only what is new is computed.
+    The engine keeps its cache, so only the new part of each prompt is computed.
     """
     messages: list[dict[str, str]] = []
     stop, block_size = stop_tokens(loaded.encoding), loaded.model.config.block_size
@@ -293,7 +295,7 @@ def compare(
 ) -> None:
     """Prints medians over `repeats` alternating runs of two engines, after a warm-up of each.
 
-    may_differ: why their texts may; if there is no reason and they do, exits with a sentence and status 1.
+    may_differ: why their texts may differ. If it is empty and they differ, exits with a sentence and status 1.
     """
     rates: dict[str, list[float]] = {name: [] for name in engines}
     results = {}
@@ -314,12 +316,12 @@ def compare(
     (one,), (other,) = (result.tokens for result in results.values())
     if one != other and not may_differ:
         same = next((i for i, pair in enumerate(zip(one, other, strict=False)) if len(set(pair)) > 1), len(one))
-        sys.exit(f"sample.py: the texts differ after {same} tokens and must not: this is a mistake in minipass")
+        sys.exit(f"sample.py: the texts differ after {same} tokens but must be equal: this is a mistake in minipass")
     print("same text" if one == other else f"another text: {may_differ}")
 
 
 def why_texts_may_differ(method: Any, sampling: Sampling, dtype: torch.dtype) -> str:
-    """From those of plain decoding with the same seed; empty where they must be equal."""
+    """Why a method's text may differ from plain decoding's for the same seed; empty where they must be equal."""
     if sampling.temperature > 0 and method.rule != COUPLED:
         return f"by the rule {method.rule} it is another draw"
     return "" if dtype == torch.float64 else f"{dtype_name(dtype)} rounds differently with another number of rows"
@@ -330,7 +332,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def print_json(method: str, encoding: tiktoken.Encoding, turns: Iterator[Turn], on_turn: OnTurn) -> None:
-    """One object: the new text and how it came."""
+    """Prints the new text and its statistics as one JSON object."""
     result, seconds = run(turns, on_turn)
     tokens, stop = result.tokens[0], stop_tokens(encoding)
     text = encoding.decode_bytes([token for token in tokens if token not in stop])
@@ -347,7 +349,7 @@ def print_json(method: str, encoding: tiktoken.Encoding, turns: Iterator[Turn], 
 
 
 def print_text(prompt: bytes, encoding: tiktoken.Encoding, turns: Iterator[Turn], on_turn: OnTurn) -> None:
-    """The text as it comes, then a line of statistics on standard error."""
+    """Prints the text as it is written, then a line of statistics on standard error."""
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     printer = TextPrinter(encoding, coloured)
     printer.write_bytes(prompt)
@@ -406,7 +408,7 @@ def main() -> None:
             print_json(args.method, encoding, turns_of(engine), on_turn)
         else:
             print_text(prompt, encoding, turns_of(engine), on_turn)
-    finally:  # also when it was interrupted, or nobody reads any more
+    finally:  # also after an interrupt, or when nobody reads the output any more
         if args.trace and trace.turns:
             trace.write(args.trace)
 

@@ -1,11 +1,11 @@
-"""Trains a small GPT and its look-ahead tokens: `python train_tiny.py` takes ten minutes, for a first impression.
+"""Trains a small GPT and its look-ahead tokens. `python train_tiny.py` takes ten minutes and gives a first impression.
 
-Stages: `base` trains a plain language model; `lookahead` freezes a base and trains the look-ahead table and a draft
-head, with --lora-rank gated adapters too (--head none: the table alone, as in the paper, section 3.2); `joint` trains
-all together. A run lives in a folder: last.pt (continue with --resume), the encoded corpus, log.jsonl, loss.png, and
-when it is finished model.pt (where the base is a model of others that stayed as it was: adapters.safetensors, which
-holds only what was trained). With --steps a run is reproducible: step s draws its batch from the seed and s alone. So
-`torchrun --nproc_per_node N train_tiny.py ...` takes the same steps with N processes, each with its share of the batch.
+Stages: `base` trains a plain language model. `lookahead` freezes a base and trains the look-ahead table and a draft
+head, with --lora-rank also gated adapters (with --head none the table alone, as in the paper, section 3.2). `joint`
+trains all of it together. A run lives in a folder: last.pt (--resume goes on from it), the encoded corpus, log.jsonl
+and loss.png. A finished run adds model.pt or, where the base is a frozen model of others, adapters.safetensors, which
+holds only what was trained. With --steps a run is reproducible: step s draws its batch from the seed and s alone.
+So `torchrun --nproc_per_node N train_tiny.py ...` takes the same steps, and each process computes its share of a batch.
 """
 
 import argparse
@@ -83,46 +83,48 @@ def parse_arguments() -> argparse.Namespace:
     # fmt: off
     add("--stage", choices=("base", "lookahead", "joint"), default="joint", help="what to train (default: joint)")
     add("--out", type=Path, default=Path("runs/tiny"), help="folder of the run (default: %(default)s)")
-    add("--init", metavar="CHECKPOINT", help="start from these weights and this tokenizer: a file, or a model of "
-        "others: smollm2, a GGUF, a folder of a GPT-2 or Llama, or its name on the hub")
-    add("--adapters", metavar="FILE", help="of --init, to train on: a file, or the folder of the run that wrote it")
+    add("--init", metavar="CHECKPOINT", help="start from these weights and their tokenizer: a file, or a model of "
+        "others: smollm2, a GGUF file, a folder of a GPT-2 or Llama, or its name on the hub")
+    add("--adapters", metavar="FILE", help="start from these adapters for --init: a file, or the folder of its run")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--data", nargs="+", default=["python"], metavar="SOURCE", help="python, installed, docstrings, a UTF-8 file "
-        "or folder, or self: text that --init writes itself, from beginnings out of the other sources. Of several, "
-        "each gives the same share of the windows (default: python)")
-    add("--own-tokens", type=int, default=200_000, help="tokens of self (default: %(default)s)")
-    add("--tokenizer", default="bpe", choices=("bpe", "gpt2"), help="bpe trains one on the data (default)")
+        "or folder, or self: text that the model of --init writes, from beginnings in the other sources. Several "
+        "sources get equal shares of the windows (default: python)")
+    add("--own-tokens", type=int, default=200_000, help="tokens that the model writes for self (default: %(default)s)")
+    add("--tokenizer", default="bpe", choices=("bpe", "gpt2"), help="bpe (the default) trains one on the data")
     add("--steps", type=int, help="optimiser steps")
-    add("--minutes", type=float, help="stop after this time (default: as the run that goes on; without --steps: "
+    add("--minutes", type=float, help="stop after this time (default: with --resume as before; without --steps "
         f"{MINUTES:.0f})")
-    add("--batch-size", type=int, default=16, help="windows in a step, of all processes (default: %(default)s)")
-    add("--accumulate", type=int, default=1, help="parts that a process takes its windows in, to save memory")
+    add("--batch-size", type=int, default=16, help="windows in a step, over all processes (default: %(default)s)")
+    add("--accumulate", type=int, default=1, help="compute a process's windows in so many parts, to save memory")
     add("--checkpoint-activations", action="store_true", help="compute each block twice, to save memory")
     add("--lr", type=float, help="peak learning rate (default: 0.004; lookahead stage: 0.02)")
-    add("--decay", type=float, default=0.4, help="share of the run over which it falls to 0 (default: %(default)s)")
+    add("--decay", type=float, default=0.4, help="share of the run, at its end, in which the learning "
+        "rate falls to 0 (default: %(default)s)")
     add("--loss", default="kl-tv", choices=(*losses.LOOKAHEAD_LOSSES, "kl-tv"), help="look-ahead loss; kl-tv "
-        "changes from kl to tv for the last quarter (default: %(default)s)")
-    add("--lookahead-weight", type=float, default=0.5, help="joint: weight of that loss (default: %(default)s)")
-    add("--position-decay", type=float, default=0.6, help="weight of a look-ahead position's loss over that of the "
-        "one before it (default: %(default)s)")
-    add("--head", default="mlp", choices=("mlp", "none"), help="with a draft head, which knows the token before each "
-        "draft, or none: the paper's recipe (default: %(default)s)")
-    add("--lora-rank", type=int, help="lookahead: rank of the gated adapters of each matrix of the base, which act "
-        "on look-ahead rows alone (default: as in --adapters, else 0)")
-    add("--window", type=int, help=f"tokens of a text (default: the context window, at most {LONGEST_WINDOW})")
-    add("--groups", type=int, default=16, help="look-ahead groups in each window; of the shorter ones as many as have "
-        "the same number of rows (default: %(default)s)")
+        "changes from kl to tv for the last quarter of the run (default: %(default)s)")
+    add("--lookahead-weight", type=float, default=0.5, help="joint: weight of the look-ahead loss "
+        "(default: %(default)s)")
+    add("--position-decay", type=float, default=0.6, help="weight of a look-ahead position's loss, relative to the "
+        "position before it (default: %(default)s)")
+    add("--head", default="mlp", choices=("mlp", "none"), help="mlp: a draft head, which knows the token before each "
+        "draft; none: no draft head, as in the paper (default: %(default)s)")
+    add("--lora-rank", type=int, help="lookahead: rank of the gated adapters of the base's matrices, which act on "
+        "look-ahead rows alone (default: as in --adapters, else 0, none)")
+    add("--window", type=int, help=f"tokens of text in a window (default: context window, at most {LONGEST_WINDOW})")
+    add("--groups", type=int, default=16, help="look-ahead groups in each window; more where they are shorter, in as "
+        "many rows (default: %(default)s)")
     for name, text in SIZES.items():
         default = getattr(GPTConfig, name)
         add(f"--{name.replace('_', '-')}", type=int, help=f"{text} (default: as in --init, else {default})")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--dtype", default="auto", help="autocast to float32, bfloat16 or float16; auto measures nothing and takes "
-        "bfloat16 where the hardware has it (default)")
+    add("--dtype", default="auto", help="compute in float32, bfloat16 or float16 (autocast); auto (the default) takes "
+        "bfloat16 where the hardware computes in it, else float32")
     add("--eval-every", type=int, default=250, help="steps between validations, of which there are at least "
         f"{VALIDATIONS} (default: %(default)s)")
-    add("--eval-windows", type=int, default=64, help="held-out texts of a validation (default: %(default)s)")
+    add("--eval-windows", type=int, default=64, help="held-out windows in a validation (default: %(default)s)")
     add("--save-every", type=int, default=250, help="steps between checkpoints (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of first weights, batches and text of self (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of initial weights, batches and the text of self (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
     for name in POSITIVE:
@@ -135,14 +137,17 @@ def parse_arguments() -> argparse.Namespace:
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2**63 - 1, not {args.seed}")
     if args.adapters and not args.init:
-        raise InputError("--adapters are those of a model: name it with --init")
+        raise InputError("--adapters needs the model that they were trained for: name it with --init")
     if args.lr is None:
         args.lr = 0.02 if args.stage == "lookahead" else 0.004
     return args
 
 
 def start(args: argparse.Namespace, train_documents) -> weights.Checkpoint:
-    """Model (on the CPU, float32), encoding and the record of earlier training: new, or from --init."""
+    """Model (on the CPU, float32), encoding and the record of earlier training: new ones, or those of --init.
+
+    Raises InputError where the options do not fit --init, or the stage needs one.
+    """
     sizes = {name: getattr(args, name) for name in (*SIZES, "lora_rank") if getattr(args, name) is not None}
     torch.manual_seed(args.seed)
     if args.init:
@@ -178,11 +183,11 @@ def start(args: argparse.Namespace, train_documents) -> weights.Checkpoint:
 
 
 def make_optimizers(model: GPT, stage: str, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of blocks and draft head, AdamW for the rest; of what the stage trains.
+    """For what the stage trains: Muon for the matrices of blocks and draft head, AdamW for the rest.
 
-    Muon (torch's own, updates scaled to the size of AdamW's) reaches the same loss in clearly fewer steps, but without
-    bfloat16 in hardware it takes longer than a step for matrices that are wide both ways: these are AdamW's too. In the
-    lookahead stage draft head and adapters learn more slowly than the table does.
+    Muon (torch's own, with updates scaled to the size of AdamW's) reaches the same loss in clearly fewer steps. But for
+    matrices that are wide both ways its update takes longer than the rest of the step, on hardware without bfloat16, so
+    AdamW trains these too. In the lookahead stage draft head and adapters have lower learning rates than the table.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_drafting(name) == (stage == "lookahead") or stage == "joint")
@@ -211,7 +216,7 @@ def learning_rate(peak: float, step: int, progress: float, decay: float) -> floa
 def draw_curves(folder: Path, history: list[dict]) -> None:
     """loss.png: training and held-out loss, and acceptance by look-ahead position, against steps.
 
-    Beside that, where the look-ahead loss changed, and the acceptance of a drafter who knows nothing of the context.
+    It also shows where the look-ahead loss changed, and the acceptance of drafts that know nothing of the context.
     """
     import matplotlib
 
@@ -250,7 +255,7 @@ def described(entry: dict) -> str:
 
 
 class TrainingPass(torch.nn.Module):
-    """losses.training_pass as a module, for that is what DistributedDataParallel wraps."""
+    """losses.training_pass as a module, because DistributedDataParallel wraps modules."""
 
     def __init__(self, model: GPT, *, frozen: bool) -> None:
         super().__init__()
@@ -274,7 +279,7 @@ def join_processes(device_name: str) -> tuple[torch.device, int, int]:
 
 
 def located(settings: dict) -> dict:
-    """Settings as runs compare them: of paths that there are, where they lead to."""
+    """Settings in the form in which runs compare them: existing paths become absolute."""
 
     def place(given: str | None) -> str | None:
         is_name = given in (None, *BUILT_IN, SELF, SMOLLM2) or is_shipped(given)
@@ -285,14 +290,14 @@ def located(settings: dict) -> dict:
 
 
 def damaged(last: Path) -> AbstractContextManager[None]:
-    """What goes wrong inside is the fault of the training state in that file."""
+    """Errors inside become an InputError that blames the training state in that file."""
     return explained(f"{last} holds a damaged training state, or that of another version")
 
 
 def unfinished_run(last: Path, args: argparse.Namespace) -> weights.Checkpoint:
     """The checkpoint to go on from, with its --steps and --minutes where args have none.
 
-    Raises InputError when there is none, or its run had other settings.
+    Raises InputError when there is none, or when its run had other settings.
     """
     if not os.path.exists(last):
         raise InputError(f"there is no run in {last.parent} to go on with")
@@ -308,18 +313,19 @@ def unfinished_run(last: Path, args: argparse.Namespace) -> weights.Checkpoint:
     for name, value in located(vars(args)).items():
         was = settings.get(name)
         if name not in MAY_DIFFER and was != value:
-            raise InputError(f"the run in {last.parent} has {name} {was!r}, not {value!r}: it cannot go on so")
+            raise InputError(f"the run in {last.parent} has {name} {was!r}, not {value!r}, and cannot change it")
     return loaded
 
 
 def draw_batch(
     tokens: list[np.ndarray], config: GPTConfig, args: argparse.Namespace, step: int
 ) -> tuple[torch.Tensor, np.ndarray, int]:
-    """What step `step` trains on, by the seed and the step alone: windows (batch_size, window + 1), the cuts of
-    their look-ahead groups (batch_size, G), and the tokens L in each group. The sources of tokens (N,) take turns.
+    """What step `step` trains on, from the seed and the step alone: windows (batch_size, window + 1) int64, the cuts
+    where their look-ahead groups hang (batch_size, G) int64, and L, the look-ahead tokens in a group. The sources in
+    `tokens`, each (N,), alternate within a batch.
 
-    L is the table's, half and a quarter of it by turns: the same rows give the near positions, which count most, more
-    groups.
+    From step to step L is all of the table, half or a quarter of it. Shorter groups leave rows for more groups, which
+    train the near positions, and these count most.
     """
     rng = np.random.default_rng([args.seed, step])
     length, each = window(config, args), np.arange(args.batch_size) % len(tokens)
@@ -333,13 +339,13 @@ def draw_batch(
 
 
 def window(config: GPTConfig, args: argparse.Namespace) -> int:
-    """Tokens of a text in training."""
+    """Tokens of text in a window of training."""
     return min(args.window or LONGEST_WINDOW, config.block_size)
 
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C is pressed, a scheduler ends the run or a terminal closes.
+    """A list that gets an entry when Ctrl-C is pressed, a scheduler ends the run or the terminal closes.
 
     A second Ctrl-C is a KeyboardInterrupt.
     """
@@ -378,10 +384,10 @@ def whole_loss(
 
 
 class Trainer:
-    """A run in hand: model, corpus and optimizers, and how far it has come. Every process has one."""
+    """A run: model, corpus, optimizers and progress. Every process has one."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, rank: int, world: int) -> None:
-        """Begins a run, or continues the one in --out. Raises InputError when that is not possible."""
+        """Begins a run, or goes on with the one in --out. Raises InputError when that is not possible."""
         self.args, self.device, self.rank, self.world = args, device, rank, world
         dtype = choose_dtype(args.dtype, device)
         if dtype == torch.float64:
@@ -418,7 +424,7 @@ class Trainer:
             self.save()  # now: a folder that cannot be written is known before hours are spent
 
     def _prepare(self, loaded: weights.Checkpoint | None) -> None:
-        """Model and encoded corpus, of the run that continues or new ones."""
+        """Model and encoded corpus: those of the run that goes on, or new ones."""
         args = self.args
         sources = sorted(args.data, key=lambda source: source == SELF)  # which needs another's beginnings
         if SELF in sources and (not args.init or SELF in sources[:-1] or len(sources) == 1):
@@ -452,7 +458,7 @@ class Trainer:
                 save_tokens(tokens, self.encoding, file)
         self.corpus = digest_of(joined(*files))
         if was not in (None, self.corpus):
-            raise InputError(f"--data has another text than when the run in {args.out} began: it cannot go on so")
+            raise InputError(f"the text of --data has changed since the run in {args.out} began: it cannot go on")
         self.train_tokens, heldout = (
             [open_tokens(file, self.encoding) for file in part] for part in zip(*files, strict=True)
         )
@@ -463,7 +469,7 @@ class Trainer:
         self.windows = torch.cat([even_windows(tokens, n_windows, length + 1) for tokens in heldout])
 
     def record(self) -> dict:
-        """What a checkpoint says of its training."""
+        """What a checkpoint says about its training."""
         last = self.history[-1] if self.history else {}
         figures = {key: value for key, value in last.items() if key not in ("loss", "kind")}
         so_far = {"step": self.step, "seconds": round(self.seconds), "parents": self.parents}
@@ -486,7 +492,7 @@ class Trainer:
         draw_curves(self.args.out, self.history)
 
     def fail(self) -> None:
-        """What was saved stays. Raises InputError, but one process speaks for all."""
+        """Raises InputError in the first process, which speaks for all; the others exit. What was saved stays."""
         if self.rank:
             sys.exit(2)
         raise InputError(
@@ -495,22 +501,22 @@ class Trainer:
         )
 
     def progress(self) -> float:
-        """Share of the run that is done: of its steps or of its minutes, whichever is further."""
+        """The share of the run that is done: of its steps or of its minutes, whichever is larger."""
         args = self.args
         by_steps = self.step / args.steps if args.steps else 0.0
         return min(1.0, max(by_steps, self.seconds / (60 * args.minutes) if args.minutes else 0.0))
 
     def mean(self, *values: float) -> list[float]:
-        """Means over the processes, each of which has its own values."""
+        """The means over all processes of each process's own values."""
         shared = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.world > 1:
             dist.all_reduce(shared)
         return (shared / self.world).tolist()
 
     def train(self, requests: list[int]) -> None:
-        """Takes steps until the run is done or there are requests to stop, and saves.
+        """Takes steps until the run is done or there is a request to stop, and saves.
 
-        Raises InputError when loss or weights are not finite any more.
+        Raises InputError when loss or weights are no longer finite.
         """
         args = self.args
         network = TrainingPass(self.model, frozen=args.stage == "lookahead")
@@ -531,9 +537,9 @@ class Trainer:
         began = time.monotonic()
         try:
             while True:
-                self.seconds, stop = self.mean(self.seconds, bool(requests))  # the processes must agree when to end
+                self.seconds, stop = self.mean(self.seconds, bool(requests))  # the processes must agree on when to stop
                 before = self.progress()
-                if before >= 1 or stop:  # what is saved is a whole step
+                if before >= 1 or stop:  # between steps, never within one
                     break
                 kind = args.loss if args.loss != "kl-tv" else ("kl" if before < 0.75 else "tv")
                 (loss,) = self.mean(self.take_step(network, kind))
@@ -561,7 +567,7 @@ class Trainer:
                 bar.close()
 
     def take_step(self, network: torch.nn.Module, kind: str) -> float:
-        """One optimiser step on this process's share of the batch; returns that share's loss."""
+        """One optimiser step on this process's share of the batch; returns the loss of that share."""
         args, optimizers = self.args, self.optimizers
         batch, cuts, n_lookahead = draw_batch(self.train_tokens, self.model.config, args, self.step)
         step_loss = torch.zeros((), device=self.device)
@@ -585,7 +591,7 @@ class Trainer:
         return step_loss.item()
 
     def validate(self) -> dict:
-        """Figures of losses.evaluate on held-out text, the loss named `heldout_loss`."""
+        """The figures of losses.evaluate on held-out text, with the loss under the name `heldout_loss`."""
         n_groups = 0 if self.args.stage == "base" else 8
         with self.autocast:
             figures = losses.evaluate(
@@ -602,12 +608,12 @@ def main() -> None:
         try:
             dist.barrier()
         except RuntimeError:
-            sys.exit(2)  # it could not, and has said why
+            sys.exit(2)  # the first process could not, and has said why
         args.resume = True
     trainer = Trainer(args, device, rank, world)
     if world > 1 and rank == 0:
         dist.barrier()
-    finished = trainer.progress() >= 1  # before, and now it was asked to go on
+    finished = trainer.progress() >= 1  # it was finished already, when it was asked to go on
     if not finished:
         with stop_requests() as requests:
             trainer.train(requests)

@@ -13,7 +13,7 @@ from minipass.trees import DraftTree
 
 DEFAULT_LOOKAHEAD = 2  # the fastest on a CPU for the shipped model (bench.py); where rows are cheap, 4 and more are
 DEFAULT_LOOKUP = 10
-DEFAULT_TREE = DraftTree((0, 0, 0, 1, 1, 2, 4))  # auto.best_tree makes better ones
+DEFAULT_TREE = DraftTree((0, 0, 0, 1, 1, 2, 4))  # auto.best_tree makes better ones from measured accuracy
 MAKERS = {  # what each method takes, and how it is made
     "plain": lambda: Plain(),
     "two-pass": lambda lookahead=DEFAULT_LOOKAHEAD, rule=REJECTION, fixed_token=None: TwoPass(
@@ -35,9 +35,9 @@ def as_tree(tree: DraftTree | Sequence[int]) -> DraftTree:
 
 
 def make_method(name: str, **drafting: Any) -> Method:
-    """A method by its name, one of METHODS, with `generate`'s arguments on drafting; those that are None are left out.
+    """A method by its name, one of METHODS. drafting: as in `generate`; what is None is left out.
 
-    Raises InputError for what does not fit.
+    Raises InputError for an unknown name, and for an argument that the method does not take.
     """
     if not isinstance(name, str) or name not in MAKERS:
         raise InputError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
@@ -72,17 +72,19 @@ def generate(
         >>> result = minipass.generate(loaded.model, prompt, 100, temperature=0.8, top_k=10, seed=1)
         >>> print(loaded.encoding.decode(result.tokens[0]), result.tokens_per_pass, result.acceptance)
 
-    prompts: token ids, or a list of such sequences of any lengths. max_new_tokens: at most so many for each prompt.
-    method: "plain", "two-pass" (the paper's Algorithm 1), "pass" (fused: one pass drafts and verifies), "tree" (fused,
-    several drafts for each place), "two-models" or "prompt-lookup".
-    temperature, top_k, top_p: see Sampling; temperature 0 is greedy. seed: same seed, same text; one number s gives
-    text b the seed s + b. stop_token: one or several, which end a text and are emitted. use_graphs: replay CUDA graphs.
+    prompts: token ids, or a list of such sequences of any lengths. max_new_tokens: the most for each prompt.
+    method: "plain", "two-pass" (the paper's Algorithm 1), "pass" (fused: one pass verifies and drafts), "tree" (fused,
+    several drafts for each position), "two-models" or "prompt-lookup".
+    temperature, top_k, top_p: see Sampling; temperature 0 is greedy. seed: the same seed gives the same text; one
+    number s gives text b the seed s + b. stop_token: one or several; a text ends with the first one and includes it.
+    use_graphs: replay CUDA graphs.
     drafting: lookahead, the number L of drafts in a chain (default 2); tree, a DraftTree or its parents; rule,
-    "coupled" (the text of plain decoding for this seed) or "rejection" (the paper's); lookup, drafts copied from the
-    text; draft_model, of "two-models"; fixed_token, in place of the look-ahead tokens of "two-pass".
+    "coupled" (the text of plain decoding for this seed) or "rejection" (the paper's); lookup, the number of drafts
+    copied where the text repeats itself; draft_model, a GPT, for "two-models"; fixed_token, an ordinary token in place
+    of the look-ahead tokens, for "two-pass".
 
-    Returns a Generation: tokens, counts of passes, acceptance by draft position. To see the text as it comes, or to
-    continue many prompts, make an Engine and use its `stream`. Raises InputError for anything out of bounds.
+    Returns a Generation: tokens, counts of passes, acceptance by draft position. To see the text as it is written,
+    or to call this often, make an Engine and use its `stream`. Raises InputError for anything out of bounds.
     """
     engine = Engine(model, make_method(method, **drafting), Sampling(temperature, top_k, top_p), use_graphs=use_graphs)
     return engine.generate(prompts, max_new_tokens, seed=seed, stop_token=stop_token)

@@ -28,13 +28,13 @@ N_WARM_UP, FEWEST_TURNS, ENOUGH_SECONDS = 2, 3, 3.0  # turns that are not timed;
 MOST_AUTO_LOOKAHEAD = 5  # deeper trees are not worth the time to try them
 SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)  # of the accuracy, for which an AdaptiveTree keeps a tree ready
 PRIOR_TESTS, FORGET = 6.0, 0.9  # what was seen weighs less from one choice to the next
-FIRST_CHOICE, MOST_TURNS_BETWEEN = 4, 32  # turns until an AdaptiveTree chooses, doubled up to the latter
+FIRST_CHOICE, MOST_TURNS_BETWEEN = 4, 32  # turns until an AdaptiveTree chooses: at first, and at most
 NO_DRAFTS = chain(0)  # plain decoding
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # drafts of the trees to choose from
 
 
 def _numbers(accuracy: Accuracy) -> Accuracy:
-    """As plain numbers. Raises InputError where they are none, or not finite, or where a depth has none or others."""
+    """The accuracy as plain numbers. Raises InputError unless they are finite and each depth has as many ranks."""
     with explained(
         "the accuracy of drafts must be finite numbers, as many ranks for each depth", (TypeError, ValueError)
     ):
@@ -45,18 +45,18 @@ def _numbers(accuracy: Accuracy) -> Accuracy:
 
 
 def _time(seconds: Callable[[int], float], rows: int) -> float:
-    """Of a turn. Raises InputError where it is no time."""
+    """The seconds of a turn of so many rows. Raises InputError unless they are positive and finite."""
     found = seconds(rows)
     if not 0 < found < math.inf:
-        raise InputError(f"a turn of {rows} rows must take more than 0 seconds and not for ever, not {found}")
+        raise InputError(f"a turn of {rows} rows must take a finite time of more than 0 seconds, not {found}")
     return found
 
 
 def best_tree(accuracy: Accuracy, n_drafts: int) -> DraftTree:
-    """The tree of n_drafts nodes of which most are accepted: always adds the node that is accepted most often.
+    """The tree of n_drafts nodes with the most accepted ones: it always adds the node that is most often accepted.
 
-    The probability of a path is the product of its nodes'. Fewer nodes come back when the ranks do not give as many.
-    Raises InputError where `accuracy` or n_drafts are not that.
+    The probability of a path is the product over its nodes. The tree has fewer nodes if there are not enough ranks.
+    Raises InputError for an `accuracy` that is not finite numbers, and for n_drafts out of bounds.
     """
     accuracy = accuracy and _numbers(accuracy)
     whole(n_drafts, "the number of drafts in a tree", 0, MOST_DRAFTS)
@@ -76,8 +76,8 @@ def best_tree(accuracy: Accuracy, n_drafts: int) -> DraftTree:
 
 
 def reach_and_last(tree: DraftTree, accuracy: Accuracy) -> tuple[np.ndarray, np.ndarray]:
-    """For turns that have a = 0..D look-ahead tokens, the probability that each node is accepted, and that it is the
-    last one accepted: two arrays (D + 1, N + 1)."""
+    """For turns with a = 0..D look-ahead tokens to draw drafts from, the probability that each node is accepted, and
+    that it is the last accepted one: two arrays (D + 1, N + 1)."""
     depth, path = np.array(tree.depth), np.ones(len(tree.depth))
     for node, (parent, rank) in enumerate(zip(tree.parents, tree.rank, strict=True), 1):
         path[node] = path[parent] * accuracy[depth[node] - 1][rank]
@@ -89,7 +89,7 @@ def reach_and_last(tree: DraftTree, accuracy: Accuracy) -> tuple[np.ndarray, np.
 
 
 def expected_tokens(tree: DraftTree, accuracy: Accuracy) -> float:
-    """Tokens/pass of a long fused generation, if every place had this accuracy, independent of each other.
+    """Tokens/pass of a long fused generation, if every position had this accuracy, independently of the others.
 
     How many look-ahead tokens a turn has depends on the group after the last node of the turn before: a Markov chain,
     whose stationary distribution weighs the turns.
@@ -105,8 +105,8 @@ def expected_tokens(tree: DraftTree, accuracy: Accuracy) -> float:
 def with_fewer_rows(tree: DraftTree, accuracy: Accuracy) -> Iterator[DraftTree]:
     """The tree with ever fewer look-ahead rows, from complete groups down to one row after the root.
 
-    The row of [LA]_t after a node is worth the probability that this node is the last one accepted, times what drafts
-    at depth t add to a turn. The least worth goes first.
+    The row of [LA]_t after a node is worth the probability that this node is the last accepted one, times the tokens
+    that drafts at depth t add to a turn. The rows of least worth go first.
     """
     reach, last = reach_and_last(tree, accuracy)
     adds = [reach[t].sum() - reach[t - 1].sum() for t in range(1, len(reach))]  # falls with t
@@ -178,8 +178,8 @@ class AdaptiveTree:
         self.trees = list(dict.fromkeys([*fastest, *(chain(n) for n in range(1 + len(accuracy)))]))
         self.seconds = [_time(seconds, n_rows(tree)) for tree in self.trees]
         self.tree = fastest[SCALES.index(1.0)]
-        # Of each depth and rank: how often it was tested, its better siblings having failed, and how often accepted.
-        # What was evaluated beforehand counts as PRIOR_TESTS tests.
+        # For each depth and rank: how often it was tested after its better siblings failed, and how often accepted.
+        # The accuracy measured beforehand counts as PRIOR_TESTS tests.
         accuracy = np.array(accuracy, dtype=float)
         missed = 1 - accuracy.cumsum(1) + accuracy  # by all better siblings
         self.tested = np.full_like(accuracy, PRIOR_TESTS)

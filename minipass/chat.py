@@ -1,4 +1,4 @@
-"""Conversations in the form that a model was trained on: its own template, in Jinja, rendered in a sandbox."""
+"""Conversations in the form that a model was trained on: its own Jinja template, rendered in a sandbox."""
 
 import re
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from minipass.errors import InputError
 from minipass.files import explained
 from minipass.tokenizer import encode_text
 
-MARK = "\ue000"  # keeps the name of a special token in a message from being one: a private character of Unicode
+MARK = "\ue000"  # put inside the names of special tokens in messages, to hide them; a private character of Unicode
 
 
 def encode_chat(
     encoding: tiktoken.Encoding, template: str | None, messages: Sequence[dict[str, str]], *, answer: bool = True
 ) -> list[int]:
-    """Token ids of a conversation; answer: up to where the model's answer begins.
+    """Token ids of a conversation, with answer up to where the model's answer begins.
 
-    messages: each {"role": "user" | "assistant" | "system", "content": text}; the name of a special token in a text is
-    text like any other. Raises InputError without a template, where it fails, and without the package jinja2.
+    messages: each {"role": "user" | "assistant" | "system", "content": text}. The name of a special token in a message
+    is plain text. Raises InputError when there is no template, when it fails, and without the package jinja2.
     """
     if not template:
         raise InputError("this model has no chat template: it was not trained for conversations")

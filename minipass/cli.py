@@ -15,7 +15,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-SHORTAGE = re.compile("out of memory|allocate memory|size calculation overflowed")  # as torch's RuntimeErrors say it
+SHORTAGE = re.compile("out of memory|allocate memory|size calculation overflowed")  # how torch's RuntimeErrors say it
 
 
 def choose_device(name: str) -> torch.device:
@@ -29,7 +29,7 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name!r} asked for, but this machine offers {torch.cuda.device_count()} CUDA devices")
+        raise InputError(f"there is no device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -49,12 +49,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main; a user's mistake becomes one sentence on standard error and exit status 2.
 
-    A standard stream that is closed is as good as an empty one, and what an output cannot show is printed as escapes.
+    A closed standard stream counts as empty. Characters that the output cannot show are printed as escapes.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the end
-    sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does by itself
+    sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does already
     try:
         try:
             main()
@@ -71,10 +71,10 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader went away (`| head`): nothing is wrong, and nothing more can be said
+    except BrokenPipeError:  # the reader went away (`| head`): that is no error
         _discard_output()
         sys.exit(0)
-    except OSError as error:  # standard output takes no more, as on a full disk, or standard input gives nothing
+    except OSError as error:  # standard output cannot be written, as on a full disk, or standard input cannot be read
         _say(error.strerror or str(error))
         _discard_output()
         sys.exit(2)
@@ -85,5 +85,5 @@ def _say(sentence: str) -> None:
 
 
 def _discard_output() -> None:
-    """Sends what standard output still holds to nowhere, else Python tries once more at its end and complains."""
+    """Discards what standard output still holds; otherwise Python tries to write it at exit and complains."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,13 +21,13 @@ from minipass.tokenizer import encode_text, stop_tokens
 
 BUILT_IN = ("python", "installed", "docstrings")
 HELDOUT_FRACTION = 0.05
-DOCUMENTS_AT_ONCE = 32  # in memory, while a corpus is encoded into a file
+DOCUMENTS_AT_ONCE = 32  # in memory while a corpus is encoded into a file
 SHORTEST_DOCSTRING = 40  # characters; shorter ones are mostly "Return the name."
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text and the path, relative to its corpus and with forward slashes, that names it."""
+    """One text, and its path relative to the corpus, with forward slashes."""
 
     path: str
     text: str
@@ -35,14 +35,14 @@ class Document:
 
 @dataclass(frozen=True)
 class FileDocument:
-    """A Document that stays on the disk: its text is read when it is asked for."""
+    """A Document on disk: its text is read each time that it is used."""
 
     path: str
     file: Path
 
     @property
     def text(self) -> str:
-        """Raises InputError when the file went away or is no text any more."""
+        """Raises InputError when the file is gone or is no longer text."""
         try:
             return self.file.read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -55,12 +55,12 @@ def read_documents(source: str | Path) -> list[Document]:
 
 
 def find_documents(source: str | Path) -> list[Document | FileDocument]:
-    """Find a corpus, sorted by path, without files that are blank, not UTF-8 text, or copies of earlier ones.
+    """The documents of a corpus, sorted by path, without files that are blank, not UTF-8, or copies of earlier ones.
 
     `source` is "python" (the standard library's .py files), "installed" (those and the installed packages'),
     "docstrings" (the standard library's docstrings, one document a file), or the path of a file or folder. A folder may
-    be larger than memory: its files are read one at a time, and again when their text is asked for. A `Path` is always
-    a path. Raises InputError if there is no such path or no text in it.
+    be larger than memory: its files are read one at a time, and again when their text is used. A `Path` is always a
+    path. Raises InputError if there is no such path or no text in it.
     """
     if isinstance(source, str) and source in BUILT_IN:
         documents = list(_drop_copies(_read_python(with_site_packages=source == "installed")))
@@ -109,7 +109,7 @@ def _read_folder(folder: Path, suffix: str = "", skip: Sequence[str] = ()) -> It
     for relative in sorted(found):
         path = folder / relative
         try:
-            text = _as_text(path.read_bytes()) if path.is_file() else None  # a pipe would keep us waiting
+            text = _as_text(path.read_bytes()) if path.is_file() else None  # reading a pipe might never end
         except OSError:
             continue  # such as a file that belongs to someone else
         if text is not None:
@@ -128,7 +128,7 @@ def _read_python(with_site_packages: bool) -> Iterator[FileDocument]:
 
 
 def _drop_copies(documents: Iterable[Document]) -> Iterator[Document]:
-    """Skip blank documents and copies of earlier ones: a copy of a held-out one must not be trained on."""
+    """Skips blank documents and copies: training must not see a copy of a held-out document."""
     seen: set[bytes] = set()
     for document in documents:
         text = document.text
@@ -142,7 +142,7 @@ def _docstrings(code: str) -> str:
     """The docstrings of a module, its classes and functions, in order, blank lines between; "" if none."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler's opinion of other people's escapes
+            warnings.simplefilter("ignore")  # about invalid escapes in other people's code
             tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ""  # the standard library's tests hold broken files on purpose
@@ -162,10 +162,10 @@ def _path_hash(document: Document) -> float:
 
 
 def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """Split into (training, held-out) documents: about 5 % are held out, chosen by their paths' hashes.
+    """Splits into (training, held-out) documents: about 5 % are held out, chosen by the hashes of their paths.
 
-    A lone document is cut instead: its last 5 % are held out. Neither part is ever empty.
-    Raises InputError if there is too little to split.
+    Of a single document the last 5 % are held out. Neither part is ever empty. Raises InputError if there is too little
+    to split.
     """
     if len(documents) == 1:
         return _cut(documents[0])
@@ -180,7 +180,7 @@ def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list
 
 
 def _cut(document: Document) -> tuple[list[Document], list[Document]]:
-    """Split one document at the first line start in its last 5 %, or right before them if there is none."""
+    """Splits one document at the first line start in its last 5 %, or where these begin if there is none."""
     path, text = document.path, document.text
     if len(text) < 2:
         raise InputError(f'"{path}" has {len(text)} characters, but at least 2 are needed to hold some out.')
@@ -195,13 +195,13 @@ def _token_dtype(encoding: tiktoken.Encoding) -> type:
 
 
 def encode_documents(documents: Iterable[Document], encoding: tiktoken.Encoding) -> np.ndarray:
-    """All tokens in one row, (N,), end-of-text after each document; uint16, or uint32 if ids need it."""
+    """The tokens of all documents, end-of-text after each: (N,) uint16, or uint32 for a vocabulary over 65,536."""
     dtype = _token_dtype(encoding)
 
     def encode(document: Document) -> np.ndarray:
         return np.append(encode_text(encoding, document.text), np.uint32(stop_tokens(encoding)[0])).astype(dtype)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken lets go of Python's lock while it encodes
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken releases Python's lock while it encodes
         return np.concatenate([np.empty(0, dtype), *pool.map(encode, documents)])
 
 
@@ -226,12 +226,12 @@ def save_tokens(tokens: np.ndarray, encoding: tiktoken.Encoding, path: Path) -> 
 
 
 def open_tokens(path: Path, encoding: tiktoken.Encoding) -> np.ndarray:
-    """The tokens in a file of encode_to_file, (N,), memory-mapped: read from the disk when they are looked at."""
+    """The tokens in a file of encode_to_file, (N,), memory-mapped: read from the disk when they are used."""
     return np.memmap(path, _token_dtype(encoding), mode="r")
 
 
 def digest_of(files: Iterable[Path]) -> str | None:
-    """A number that tells the content of these files from any other; None where one is missing."""
+    """A hash of the content of these files; None if one is missing."""
     digest = hashlib.sha256()
     for path in files:
         if not os.path.isfile(path):
@@ -244,7 +244,7 @@ def digest_of(files: Iterable[Path]) -> str | None:
 
 
 def check_length(tokens: np.ndarray, length: int, name: str = "the text") -> None:
-    """Raises InputError if tokens (N,), which are of what is named, are too few for a window of that length."""
+    """Raises InputError, which names them, if tokens (N,) are too few for a window of that length."""
     if len(tokens) < length:
         raise InputError(f"{name} has {len(tokens)} tokens, but one window takes {length}: give more text.")
 

@@ -1,10 +1,11 @@
 """Decoding on one page: a turn is one pass of the model, and a method is a schedule of pass shapes.
 
 The paper's Algorithm 1 (PaSS, arXiv 2311.13581, section 3) takes two turns to emit up to L + 2 tokens, `TwoPass`:
-  draft   rows [root, LA_1..LA_L]: the root's output gives the next token, LA_i's the draft distribution i places on;
-  verify  rows [that token, d_1..d_L]: their outputs give the target distributions that test the drafts.
-`Fused` does both in each turn: look-ahead tokens follow every draft, in case it is the last one accepted. That is not
-in the paper; BiTA (arXiv 2401.12522), PPD (2405.18628) and Apple's multi-token work (2507.11851) have it too.
+  draft   rows [root, LA_1..LA_L]: the root's output gives the next token, that of LA_i the draft distribution of the
+          token i positions after it;
+  verify  rows [next token, d_1..d_L]: their outputs give the target distributions that test the drafts.
+`Fused` does both in each turn: look-ahead tokens follow every draft, in case it is the last one accepted. This is not
+in the paper; BiTA (arXiv 2401.12522), PPD (2405.18628) and Apple's multi-token work (2507.11851) do it too.
 
 Between turns the cache holds all tokens of a text but the last, the root. `Decoder` is the device's side: its turn is a
 function of tensors, which a CUDA graph can record. `Engine` is the host's side: the loop over turns.
@@ -28,14 +29,14 @@ from minipass.sampling import COUPLED, DRAFT, REJECTION, RULES, TARGET, Distribu
 from minipass.texts import Generation, Prompts, Seeds, StopTokens, Texts, Turn
 from minipass.trees import Drafts, DraftTree, Nodes, Shape, accept, chain
 
-KEPT_ROWS = 256  # of a prompt's rest in one pass, behind what the cache has kept of its beginning
+KEPT_ROWS = 256  # rows of one prefill pass, where the cache has kept the beginning of a prompt
 LARGE_VOCABULARY, N_CANDIDATES = 2**14, 64  # of a larger one a draft head scores only the tokens likeliest without it
 
 
 class Handed(NamedTuple):
-    """What a turn hands to the next: the root (B,), the token before it (B,), and of the look-ahead rows after the last
-    accepted node, from which the next drafts are drawn, the hidden states (B, L, n_embd). Where a draft head scores
-    candidates alone, these are the likeliest by the logits (B, L, V) of the same rows, else (B, 0, V)."""
+    """What a turn hands to the next: the root (B,) int64, the token before it (B,) int64, and the hidden states
+    (B, L, n_embd) of the look-ahead rows after the last accepted node, from which the next drafts are drawn. logits: of
+    the same rows, (B, L, V), where a draft head scores only the likeliest tokens by these; else (B, 0, V)."""
 
     root: torch.Tensor
     before: torch.Tensor
@@ -44,8 +45,8 @@ class Handed(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a turn made: drafts, q and last as in trees.accept, what is handed on, and for the host
-    (B, 3 + D) int64 [drafts accepted, last accepted node, next token, the drafts on the way to that node]."""
+    """What a turn made: drafts, q and last as in trees.accept, what it hands on, and for_host, (B, 3 + D) int64:
+    [drafts accepted, last accepted node, next token, the drafts on the path to that node]."""
 
     drafts: Drafts
     q: Distribution
@@ -55,11 +56,11 @@ class Result(NamedTuple):
 
 
 class Decoder:
-    """What turns work on: the model (and a draft model), caches, and for each of the B texts its noise and place."""
+    """The device's state: the model (and a draft model), KV caches, and each of the B texts' noise and place."""
 
     def __init__(self, models: list[GPT], sampling: Sampling, rule: str, n_texts: int, max_len: int) -> None:
         self.models, self.model, self.device, self.sampling = models, models[0], models[0].device, sampling
-        self.rule = rule if sampling.temperature > 0 else COUPLED  # greedy, both rules ask what the target draws
+        self.rule = rule if sampling.temperature > 0 else COUPLED  # when greedy, both rules ask what the target draws
         large = models[0].config.vocab_size > LARGE_VOCABULARY
         self.scores_candidates = large and len(models) == 1 and models[0].draft_head is not None
         self.by_parent = len(models) > 1 or models[0].draft_head is not None  # p depends on the token before
@@ -107,8 +108,8 @@ class Decoder:
     ) -> Drafts:
         """Draws a draft for each node: siblings are the best of one race, with p from look-ahead rows or a draft model.
 
-        With a draft head or model a draft's p depends on its parent's token: they are drawn level by level.
-        copied: (B, N) for a chain, tokens to draft instead where they are not negative; all of p is then on them.
+        With a draft head or a draft model p depends on the parent's token, so drafts are drawn level by level.
+        copied: (B, N) int64, only for a chain: where not negative, the token to draft instead; it then has all of p.
         """
         keys = keys[TARGET if self.rule == COUPLED else DRAFT]  # coupled: drafts race with the target's noise
         n_missing = max(0, tree.depth[-1] - handed.hidden.shape[1])
@@ -144,7 +145,7 @@ class Decoder:
     def run_draft_model(self, handed: Handed | None, tokens: torch.Tensor) -> torch.Tensor:
         """Logits (B, 1, V) of the draft model after the drafts so far, tokens (B, 1 + drafts).
 
-        It has not seen the last draft if all were accepted, so it starts at the token before the root, which is handed.
+        If all drafts were accepted it has not seen the last one. So it starts at the token before the root.
         """
         model, cache, rows = self.models[1], self.caches[1], tokens[:, -1:]
         if handed is not None:
@@ -159,7 +160,7 @@ class Decoder:
     ) -> Handed:
         """Prefill: puts all tokens of each context but the last into the caches. The last ones are the first roots.
 
-        n_kept: so many tokens are there already, from the text before.
+        n_kept: the number of tokens that are there already, from the text before.
         """
         padded = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, contexts)), batch_first=True).to(self.device)
         last = torch.tensor([len(context) - 1 for context in contexts], device=self.device)
@@ -194,7 +195,7 @@ class Decoder:
         return Handed(*(each[index] for each in handed))
 
     def replay(self, shape: Shape, handed: Handed, copied: torch.Tensor | None) -> Result:
-        """`turn` as a CUDA graph, recorded the first time that these shapes come."""
+        """`turn` as a CUDA graph, recorded when shapes occur for the first time."""
         inputs = [*handed] if copied is None else [*handed, copied]
         key = (shape, *(each.shape for each in inputs))
         if key not in self.graphs:
@@ -204,16 +205,16 @@ class Decoder:
         return torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, self.graphs[key](*inputs))
 
 
-# A schedule gives the shapes of the turns one after the other, each with drafts that are copied for each text, or None.
+# A schedule yields the shape of each turn, with the drafts that are copied for each text, or None.
 Schedule = Iterator[tuple[Shape, list[list[int]] | None]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """Settings that check themselves, and a schedule. Raises InputError for impossible ones."""
+    """Settings and a schedule of pass shapes. Raises InputError for impossible settings."""
 
     largest: ClassVar[tuple[Shape, ...]]  # the largest shapes of its turns
-    rule, draft_model, fixed_token = COUPLED, None, None  # where a method has none of its own
+    rule, draft_model, fixed_token = COUPLED, None, None  # for methods that do not set them
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -221,7 +222,7 @@ class Method:
         self.largest  # noqa: B018 - raises InputError for lengths out of bounds
 
     def schedule(self, texts: Texts) -> Schedule:
-        """The shapes of the turns of these texts, which it may read so far."""
+        """The shapes of the turns for these texts. It may read what the texts hold so far."""
         raise NotImplementedError
 
 
@@ -242,7 +243,7 @@ class TwoPass(Method):
     The draft turn has no drafts to accept: it draws the next token and hands on what the look-ahead rows say. The
     verify turn draws the drafts from that, tests them, and looks no further ahead.
 
-    fixed_token: this token's embedding takes the place of every look-ahead token's, as in the paper's comparison.
+    fixed_token: this token's embedding replaces every look-ahead embedding, as in the paper's comparison.
     """
 
     n_lookahead: int = 2
@@ -262,7 +263,7 @@ class TwoPass(Method):
 class Fused(Method):
     """Verifies and drafts in every turn. drafts: the length L of a chain (0: no look-ahead tokens), or a draft tree.
 
-    lookup: where the text repeats itself, verify so many drafts copied from it instead (lookup.py).
+    lookup: where the text repeats itself, this many drafts are copied from it and verified instead (lookup.py).
     """
 
     drafts: int | DraftTree = 2
@@ -312,8 +313,8 @@ def fused(texts: Texts, trees: Iterator[DraftTree], lookup: int) -> Schedule:
 
 
 def copied_shape(n_drafts: int, n_lookahead: int) -> Shape:
-    """A chain of copied drafts with look-ahead tokens after the root alone, in case that none is right: if all are,
-    the next drafts are most likely copied again."""
+    """A chain of copied drafts, with look-ahead tokens after the root alone: they serve when no copied draft is right.
+    When all are right, the next drafts are most likely copied, too."""
     copied = chain(n_drafts)
     groups = (n_lookahead, *[0] * n_drafts) if n_lookahead else None
     return Shape(DraftTree(copied.parents, groups), n_lookahead)
@@ -323,11 +324,11 @@ FUSED, GREEDY = Fused(), Sampling()  # the defaults
 
 
 class Engine:
-    """A model, a method and settings, made once and used for many texts. What comes out has the target's distribution.
+    """A model, a method and settings, made once and used for many texts. A text has the target distribution.
 
     method: Plain(), TwoPass(..), Fused(..), TwoModels(..) or auto.Auto(..). sampling: greedy by default.
     use_graphs: on CUDA, turns are recorded as graphs and replayed; shapes are then not cut near a text's end.
-    keep_cache: what one prompt shares with the text before it is not computed again, as from turn to turn of a chat.
+    keep_cache: the beginning that a prompt shares with the text before it is not computed again, as in a chat.
     Raises InputError where the model does not fit the method.
     """
 
@@ -347,7 +348,7 @@ class Engine:
         elif ahead > config.n_lookahead:
             raise InputError(f"the method needs {ahead} look-ahead tokens, but the model has {config.n_lookahead}")
         if width > config.vocab_size:
-            raise InputError(f"the tree has {width} drafts for one place, the vocabulary {config.vocab_size} tokens")
+            raise InputError(f"the tree has {width} drafts for one place, the vocabulary only {config.vocab_size}")
         if drafter is not None and (
             drafter.config.vocab_size != config.vocab_size
             or drafter.config.block_size < config.block_size
@@ -374,9 +375,9 @@ class Engine:
 
         prompts: a sequence of token ids, or a list of such sequences of any lengths. Each text ends after
         max_new_tokens, or with a stop token (one or several), which is emitted. seed: a number for each text, or one
-        number s, which gives text b the seed s + b. Under the coupled rule, and when greedy, a text is a function of
-        weights, prompt and seed alone: that of plain decoding. Under the rejection rule also of the method, but not of
-        the batch (unless lookup or Auto choose the shapes for all of its texts).
+        number s, which gives text b the seed s + b. Under the coupled rule, and when greedy, a text depends on
+        weights, prompt and seed alone: it is plain decoding's. Under the rejection rule it also depends on the method,
+        but not on the batch (unless lookup or Auto choose shapes for the whole batch).
         Raises InputError for anything out of bounds, before the first pass.
         """
         return self._turns(Texts(prompts, max_new_tokens, stop_token, seed, self.models[0].config))
@@ -408,9 +409,9 @@ class Engine:
                     self.idle[len(contexts)].append(decoder)
 
     def _decoder(self, contexts: list[list[int]], n_tokens: int) -> tuple[Decoder, int]:
-        """One with room for n_tokens and turns that overshoot, and how many tokens of the context it has already.
+        """A Decoder with room for n_tokens and turns that overshoot, and how many tokens of the context it holds.
 
-        That is the one that was kept, or with graphs one of the idle ones, where it fits; else a new one.
+        It is the kept one if that fits, with graphs an idle one, or else a new one.
         """
         block_size = self.models[0].config.block_size
         n_slots = block_size if self.use_graphs else min(n_tokens, block_size)

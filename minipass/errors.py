@@ -1,4 +1,4 @@
-"""The one exception for mistakes of the user: scripts turn it into one sentence and exit status 2."""
+"""The one exception for the user's mistakes. Scripts print its sentence and exit with status 2."""
 
 import math
 import operator

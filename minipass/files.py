@@ -1,4 +1,4 @@
-"""Reading and writing files: what goes wrong with one is an InputError, a sentence that names it."""
+"""Reading and writing files. Whatever goes wrong is an InputError, a sentence that names the file."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from minipass.errors import InputError
 
 @contextmanager
 def explained(complaint: str, kinds: type | tuple[type, ...] = Exception) -> Iterator[None]:
-    """Turns errors of these kinds into an InputError: the complaint, and what the error says in one line."""
+    """Turns errors of these kinds into an InputError: the complaint, and the error's message in one line."""
     try:
         yield
     except InputError:  # says it already
@@ -24,7 +24,7 @@ def explained(complaint: str, kinds: type | tuple[type, ...] = Exception) -> Ite
 
 
 def read(file: Path, reader: Callable[[Path], Any], missing: str = "") -> Any:
-    """What reader(file) returns. Raises InputError when there is no such file (`missing` may say more) or it fails."""
+    """What reader(file) returns. Raises InputError when it fails, or when there is no file; `missing` may say that."""
     if not os.path.isfile(file):  # False where Path.is_file raises: a name that is too long
         raise InputError(missing or f"{file} is missing")
     with explained(f"{file} is damaged or only half there, or of another kind"):
@@ -34,8 +34,8 @@ def read(file: Path, reader: Callable[[Path], Any], missing: str = "") -> Any:
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls write(temporary path) and renames the result to `path`; on any failure `path` is as it was.
 
-    A link stays one: what it leads to is written. Raises InputError for a place that is no regular file, such as a
-    folder, device or pipe, and when the folder or the disk does not take the file.
+    Where `path` is a link, the file that it leads to is written. Raises InputError when `path` is a folder, device or
+    pipe, and when the folder or the disk does not take the file.
     """
     if os.path.exists(path) and not os.path.isfile(path):  # both False, not an error, for a name that is too long
         raise InputError(f"cannot write {path}: it is a {'folder' if os.path.isdir(path) else 'device or pipe'}")
@@ -46,7 +46,7 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 write(temporary)
-            except RuntimeError:  # torch's for a disk that takes no more, in words of its own: ask again
+            except RuntimeError:  # torch's words for a full disk, perhaps: another write raises an OSError then
                 with open(temporary, "ab") as file:
                     file.write(bytes(2**20))
                 raise
@@ -60,7 +60,7 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def heedless() -> Iterator[None]:
-    """For output within long work, which goes on in silence when nobody reads any more, as after a `tee` has died."""
+    """For output within long work, which goes on silently when nobody reads it any more, as after a `tee` has died."""
     try:
         yield
         sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""CUDA graphs: what a turn computes is recorded once and then replayed, without Python and without launches.
+"""CUDA graphs: a turn is recorded once and then replayed, without Python and without a launch for each kernel.
 
-On a GPU a small model's pass takes less time than the host needs to launch it. Plain decoding and every method of PaSS
-are recorded by this one class, so comparisons stay fair.
+A GPU computes a small model's pass faster than the host can launch it. This one class records plain decoding and every
+method of PaSS, so comparisons stay fair.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-WARM_UPS = 2  # runs before a recording: libraries choose their kernels, and tables of indices come into being
+WARM_UPS = 2  # runs before a recording: libraries choose their kernels, and tables of indices are made
 
 
 class Graph:
-    """A function of tensors as a CUDA graph. What it returns stays in the same memory, replay after replay.
+    """A function of tensors as a CUDA graph. Its results lie in the same memory, replay after replay.
 
-    function: must not wait for the device, nor bring anything from the host. state: tensors that it changes in place,
-    put back as they were after it has run to be recorded.
+    function: it must need no host sync, and no data from the host. state: tensors that it changes in place; the runs
+    before the recording leave them as they were.
     """
 
     def __init__(self, function: Callable[..., Any], inputs: Sequence[torch.Tensor], state: Sequence[torch.Tensor]):

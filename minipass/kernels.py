@@ -1,16 +1,16 @@
 """Matrix products on a CPU in float32: a few rows at nearly the price of one.
 
 PaSS pays where a pass over several rows takes hardly longer than over one. The BLAS behind F.linear often takes several
-times as long for 2 to 32 rows; oneDNN, which comes with PyTorch, does not, once a weight is stored in its own order. It
-reads a large weight faster for one row, too.
+times as long for 2 to 32 rows. oneDNN, which comes with PyTorch, does not, once a weight is stored in oneDNN's own
+order. It reads a large weight faster for one row, too.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-LEAST_PRODUCTS = 2**19  # of numbers: fewer take less time than a call of oneDNN
-LEAST_SIZE, ROWS = 2**15, 8  # of a weight that is worth storing again; what its order is chosen for
+LEAST_PRODUCTS = 2**19  # multiplications: with fewer, F.linear is done before oneDNN has begun
+LEAST_SIZE, ROWS = 2**15, 8  # numbers in a weight that is worth a second copy; the rows that its order is chosen for
 packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights to (their state, the weight in oneDNN's order)
 
 
@@ -39,5 +39,5 @@ def pack(model: torch.nn.Module) -> None:
 
 
 def _state(weight: torch.Tensor) -> tuple:
-    """Another one after each change of the weight."""
+    """A value that changes whenever the weight does."""
     return 0 if weight.is_inference() else weight._version, weight.data_ptr(), weight.dtype

@@ -1,4 +1,4 @@
-"""A pass is a tree of rows: this file turns parents into the attention mask and the positions of every pass.
+"""A pass is a tree of rows: this file turns their parents into the attention mask and the positions.
 
 Each row has a parent: another row of the same pass, or the end of the cache. A row sees the whole cache, its ancestors
 and itself, and its position is its parent's plus one. Plain text is a path. A draft pass is a path that ends in
@@ -12,16 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-CACHE_END = -1  # the parent of a row that directly follows what is in the cache
+CACHE_END = -1  # the parent of a row that directly follows the cache
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The R rows of one pass: first the real ones, last the Q look-ahead rows. B is 1 where all texts share it.
+    """The R rows of one pass: first the real ones, then the Q look-ahead rows.
 
+    The first dimension is the batch B, or 1 where all its texts share the layout.
     visible: (B or 1, R, R) bool, visible[b, r, s] is True where row r sees row s of the same pass.
     depth: (B or 1, R) int64, a row's position counted from the end of the cache.
-    lookahead: (Q,) int64, i - 1 where the row is the look-ahead token [LA]_i.
+    lookahead: (Q,) int64, i - 1 for the row of the look-ahead token [LA]_i.
     """
 
     visible: torch.Tensor
@@ -37,14 +38,14 @@ def tree(parents: Sequence[int] | np.ndarray, lookahead: Sequence[int] | np.ndar
     """Turns parents into mask and positions: the one mask builder of this package.
 
     parents: (R,) or (B, R) integers, a list, range or array; parents[r] is a row before r, or CACHE_END.
-    lookahead: (Q,) which look-ahead token each of the last Q rows is, counted from 0; the same kinds, and may be empty.
+    lookahead: (Q,) integers, which look-ahead token each of the last Q rows is, counted from 0; Q may be 0.
     Raises ValueError when a parent does not come before its row.
     """
     parents = np.atleast_2d(np.asarray(parents, dtype=np.int64))  # (B, R)
     n_batch, n_rows = parents.shape
     if ((parents < CACHE_END) | (parents >= np.arange(n_rows))).any():
         raise ValueError("each row's parent must be CACHE_END or a row before it")
-    visible = np.zeros((n_batch, n_rows + 1, n_rows), dtype=bool)  # one more row, the last: CACHE_END sees no row
+    visible = np.zeros((n_batch, n_rows + 1, n_rows), dtype=bool)  # the last row, for CACHE_END, sees no row
     batch = np.arange(n_batch)
     for row in range(n_rows):
         visible[:, row] = visible[batch, parents[:, row]]  # what the parent sees ...
@@ -63,8 +64,8 @@ def with_groups(
 ) -> Layout:
     """Real rows, then for each anchor a group: a path of look-ahead rows [LA]_1, [LA]_2, .. that hangs from it.
 
-    parents: (P,) of the real rows. anchors: (G,) or (B, G), real rows, or none. n_lookahead: rows of every group, or
-    (G,) of each; 0 is no rows. All come as lists, ranges or arrays of integers, one n_lookahead as an int.
+    parents: (P,) of the real rows. anchors: (G,) or (B, G) real rows; G may be 0. n_lookahead: the rows of every group,
+    an int, or of each group, (G,); 0 is no rows. Each is a list, range or array of integers.
     Training hangs groups from random cuts of a text, a fused pass from every node, a draft pass from the root.
     """
     anchors = np.atleast_2d(np.asarray(anchors, dtype=np.int64))  # (B, G)

@@ -1,8 +1,8 @@
 """What training minimises: the next-token loss, and the look-ahead losses that teach the table to draft.
 
 One layout serves training and fused decoding (layout.with_groups): the text's rows, then G groups of L look-ahead
-rows, each group hanging from a random cut of the same text. One forward trains G x L drafts (PaSS, section 3.2; the
-distillation and the acceptance loss are ours).
+rows, each hanging from a random row of the text, its cut. One forward trains G x L drafts (PaSS, section 3.2; the
+losses kl and tv are ours).
 """
 
 import numpy as np
@@ -13,14 +13,14 @@ from minipass.layout import Layout, path, with_groups
 from minipass.model import GPT, KVCache
 
 LOOKAHEAD_LOSSES = ("ce", "kl", "tv")
-N_RANKS = 10  # drafts of one position that are compared with the likeliest token
-TV_SCALE = 4.0  # a total variation counts for so many nats of KL: one weight then suits all three losses
+N_RANKS = 10  # likeliest drafts of a position, which are compared with the model's likeliest token
+TV_SCALE = 4.0  # nats of KL that a total variation of 1 counts for, so that one weight suits all three losses
 
 
 def random_cuts(batch_size: int, n_text: int, n_groups: int, n_lookahead: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows from which look-ahead groups hang, (batch_size, n_groups) int64: n_groups different ones for each text.
+    """Cuts, rows from which look-ahead groups hang: (batch_size, n_groups) int64, different ones within a text.
 
-    A cut c leaves c + L <= n_text - 1: the model's own distribution after each look-ahead position is there.
+    For each cut c, c + L <= n_text - 1: so the target distribution after each look-ahead position is there.
     """
     choices = np.arange(n_text - n_lookahead)
     return np.stack([rng.choice(choices, n_groups, replace=False) for _ in range(batch_size)])
@@ -29,12 +29,12 @@ def random_cuts(batch_size: int, n_text: int, n_groups: int, n_lookahead: int, r
 def training_pass(
     model: GPT, text: torch.Tensor, cuts: np.ndarray, n_lookahead: int | None = None, *, frozen: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One forward over text (B, T) with groups of L = n_lookahead (None: all) tokens hanging from cuts (B, G).
+    """One forward over text (B, T) int64, with groups of L = n_lookahead (None: all) tokens hanging from cuts (B, G).
 
-    Returns the text's logits (B, T, V) and the look-ahead logits (B, G, L, V); a draft head is told the true token
-    before each place, which is the case that counts: a draft is only tested where all before it were accepted.
-    frozen: the base is not trained. Then no row of the text depends on what is, and the pass takes two phases: the text
-    without gradients, and the look-ahead rows, which see its keys and values, with them.
+    Returns the text's logits (B, T, V) and the look-ahead logits (B, G, L, V). A draft head is told the text's token
+    before each draft: a draft is only tested if all before it were accepted, so only that case counts.
+    frozen: the base is not trained. Then the text's rows do not depend on what is trained, and the forward takes two
+    steps: the text without gradients, then the look-ahead rows with gradients, which see its keys and values.
     """
     n_lookahead = model.config.n_lookahead if n_lookahead is None else n_lookahead
     if n_lookahead == 0 or cuts.shape[1] == 0:
@@ -54,8 +54,9 @@ def training_pass(
 
 
 class BehindText:
-    """Stands in for a KVCache: rows see a text that it holds, and one another, with gradients to their own keys and
-    values. Nothing is written. Their layout counts positions from the text's beginning."""
+    """Stands in for a KVCache: rows see the text in one, and each other, with gradients to their own keys and values.
+
+    Nothing is written. The layout of the rows counts positions from the text's beginning."""
 
     def __init__(self, text: KVCache) -> None:
         self.pairs, self.length = text.pairs, text.length
@@ -68,19 +69,19 @@ class BehindText:
         return layout.visible
 
     def store(self, layer: int, slots: None, pairs: torch.Tensor) -> torch.Tensor:
-        """Of that layer, the text's keys and values, then the rows' own: pairs (B, Q, 2, kv_heads, head_dim)."""
+        """That layer's keys and values of the text, then the rows' own, pairs (B, Q, 2, kv_heads, head_dim)."""
         return torch.cat([self.pairs[layer], pairs], dim=1)
 
 
 def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy in nats per token of logits (B, T, V) with targets (B, T)."""
+    """Mean cross entropy, in nats per token, of logits (B, T, V) with targets (B, T) int64."""
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def rows_after_cuts(per_row: torch.Tensor, cuts: np.ndarray, n_lookahead: int) -> torch.Tensor:
-    """Picks what belongs to each look-ahead row: [LA]_i after cut c is at position c + i.
+    """For each look-ahead row, the value of the text's row at its position: [LA]_i after cut c is at position c + i.
 
-    per_row: (B, T, ...) something per text row; returns (B, G, L, ...).
+    per_row: (B, T, ...), a value for each text row; returns (B, G, L, ...).
     """
     index = torch.from_numpy(cuts)[..., None] + 1 + torch.arange(n_lookahead)  # (B, G, L)
     batch = torch.arange(len(cuts))[:, None, None]
@@ -90,11 +91,11 @@ def rows_after_cuts(per_row: torch.Tensor, cuts: np.ndarray, n_lookahead: int) -
 def lookahead_loss(
     kind: str, draft_logits: torch.Tensor, text_logits: torch.Tensor, targets: torch.Tensor, cuts: np.ndarray
 ) -> torch.Tensor:
-    """Mean look-ahead loss by position, (L,).
+    """Mean look-ahead loss by position, (L,). Raises ValueError for an unknown kind.
 
-    draft_logits: (B, G, L, V); text_logits: (B, T, V), the target distribution at the same places, detached here;
-    targets: (B, T), the token after each text row. kind: `ce`, cross entropy with the text (the paper); `kl`,
-    KL(q || p) in nats; `tv`, TV_SCALE x the total variation, which is 1 - the expected acceptance sum(min(p, q)).
+    draft_logits: (B, G, L, V). text_logits: (B, T, V), which give the target distributions; detached here. targets:
+    (B, T) int64, the token after each text row. kind: `ce`, cross entropy with the text (the paper's); `kl`, KL(q || p)
+    in nats; `tv`, TV_SCALE x the total variation, which is 1 - the expected acceptance sum(min(p, q)).
     """
     n_lookahead = draft_logits.shape[2]
     log_p = F.log_softmax(draft_logits.float(), dim=-1)  # (B, G, L, V)
@@ -111,13 +112,15 @@ def lookahead_loss(
 
 @torch.no_grad()
 def evaluate(model: GPT, windows: torch.Tensor, *, n_groups: int = 8, batch_size: int = 16) -> dict:
-    """Teacher-forced figures on windows (N, T + 1) of held-out text, always from the same cuts, as many as fit.
+    """Teacher-forced figures on windows (N, T + 1) int64 of held-out text, always from the same cuts.
 
-    Returns `loss`, nats per token of plain next-token prediction, and by look-ahead position (lists of L)
-    `acceptance`, the expected acceptance sum(min(p, q)) = 1 - TV(p, q) at temperature 1; `match`, how often the
-    most likely draft is the model's most likely token; and `rank_accuracy`, (L, N_RANKS), how often that token is the
-    draft of each rank, counted where it was one of them at all positions before, as on a path of a tree. Beside these
-    `constant_acceptance`, that of the mean q as p: what a drafter has who knows nothing of the text before.
+    n_groups: for each window, fewer where it is too short. Returns a dict:
+    `loss`: nats per token of plain next-token prediction.
+    `acceptance`: (L,) by look-ahead position, the expected acceptance sum(min(p, q)) = 1 - TV(p, q) at temperature 1.
+    `match`: (L,), how often the likeliest draft is the model's likeliest token.
+    `rank_accuracy`: (L, N_RANKS), how often the draft of each rank is that token, counted only where one of the drafts
+    was right at every position before, as on a path of a tree.
+    `constant_acceptance`: the acceptance of the mean q as p, so of drafts that know nothing of the text.
     """
     n_lookahead, rng = model.config.n_lookahead, np.random.default_rng(0)
     n_groups = max(0, min(n_groups, windows.shape[1] - 1 - n_lookahead))
@@ -131,7 +134,7 @@ def evaluate(model: GPT, windows: torch.Tensor, *, n_groups: int = 8, batch_size
             q_logits = rows_after_cuts(text_logits, cuts, n_lookahead)
             p, q = draft_logits.float().softmax(-1), q_logits.float().softmax(-1)
             acceptance.append(torch.minimum(p, q).sum(-1).flatten(0, 1))
-            first.append(q[:, :, 0].flatten(0, 1))  # (B * G, V): the others' mean is the same
+            first.append(q[:, :, 0].flatten(0, 1))  # (B * G, V): other positions have nearly the same mean
             ranked = draft_logits.topk(min(N_RANKS, p.shape[-1])).indices  # (B, G, L, N_RANKS)
             right.append((ranked == q_logits.argmax(-1, keepdim=True)).flatten(0, 1))  # (B * G, L, N_RANKS)
     figures = {"loss": torch.stack(losses).mean().item(), "acceptance": [], "match": [], "rank_accuracy": []}

@@ -2,7 +2,7 @@
 
 One forward serves training, prefill, plain decoding, draft, verify and fused passes; what differs is the Layout
 (layout.py) that says which rows see which. The L look-ahead embeddings are the only parameters that PaSS adds
-(PaSS, section 3; arXiv 2311.13581). The draft head and the gated adapters, which are not in the paper, help them.
+(PaSS, section 3; arXiv 2311.13581). The draft head and the gated adapters improve drafts; they are not in the paper.
 """
 
 import copy
@@ -25,7 +25,7 @@ MAY_BE_0 = ("n_lookahead", "n_draft", "lora_rank", "n_kv_head", "head_dim", "n_i
 
 
 def is_drafting(name: str) -> bool:
-    """Whether only drafting reads the parameter of this name: it is what can be trained on a frozen base."""
+    """Whether only drafting reads the parameter with this name. Such parameters can be trained for a frozen base."""
     return name.startswith(("lookahead", "draft_head.")) or name.endswith((".down", ".up"))
 
 
@@ -94,9 +94,9 @@ class KVCache:
     """Keys and values of the real tokens so far: preallocated, with a length for each text of the batch.
 
     pairs: (n_layer, B, max_len, 2, kv_heads, head_dim), keys and values side by side. length: (B,) int64. A pass writes
-    its R rows into the slots after `length` and leaves `length` alone; the caller then counts in the first k of them by
-    `cache.length += k`. Others (look-ahead rows, rejected drafts) are overwritten by the next pass; until then the mask
-    hides them. Rolling back is setting `length`.
+    its R rows into the slots after `length` and leaves `length` alone; the caller then keeps the first k of them by
+    `cache.length += k`. The next pass overwrites the others (look-ahead rows, rejected drafts); until then the mask
+    hides them. To roll back, set `length`.
     """
 
     def __init__(
@@ -118,11 +118,11 @@ class KVCache:
         return self.length[:, None] + torch.arange(n_rows, device=self.length.device)
 
     def mask(self, layout: Layout) -> torch.Tensor:
-        """What is added to the attention scores of a pass: (B, R, max_len), 0 where a row sees a slot, else -inf. The
-        layout is one for all texts.
+        """What a pass adds to its attention scores: (B, R, max_len), 0 where a row sees a slot, else -inf. All texts
+        share the layout.
 
-        All rows see the slots before `length`, then come the R rows as the layout says, and nobody sees what follows.
-        Such a row [seen .. | visible | hidden ..] is made once for each layout; a text's mask is a window of it.
+        A row sees all slots before `length`, of the pass's R rows those that the layout says, and nothing after them.
+        Such rows [seen .. | visible | hidden ..] are made once for each layout; a text's mask is a window of them.
         """
         if layout not in self.masks:
             visible = F.pad(F.pad(layout.visible[0], (self.max_len, 0), value=True), (0, self.max_len))
@@ -135,13 +135,14 @@ class KVCache:
     def store(self, layer: int, slots: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
         """Writes pairs (B, R, 2, kv_heads, head_dim) into `slots` (B, R); returns all of that layer.
 
-        What a mask hides counts 0 times, and 0 times infinity would reach every row: as of look-ahead rows in float16.
+        A hidden value is multiplied by 0, but 0 times infinity is NaN and would reach every row. Look-ahead rows in
+        float16 can overflow to infinity, so such values are written as 0.
         """
-        self.pairs[layer][self.batch, slots] = pairs.nan_to_num(0, 0, 0).to(self.pairs.dtype)  # autocast has its own
+        self.pairs[layer][self.batch, slots] = pairs.nan_to_num(0, 0, 0).to(self.pairs.dtype)  # autocast has another
         return self.pairs[layer]
 
     def select(self, texts: torch.Tensor) -> None:
-        """Continues with these texts of the batch alone: (B',) int64."""
+        """Keeps only these texts of the batch: (B',) int64."""
         self.pairs, self.length, self.batch = self.pairs[:, texts], self.length[texts], self.batch[: len(texts)]
 
     def gather(self, rows: torch.Tensor) -> None:
@@ -153,7 +154,7 @@ class KVCache:
 
 
 class Pass(NamedTuple):
-    """What every block of a pass is told.
+    """What every block of a pass needs to know.
 
     mask: (B or 1, R, keys), True or 0 where a row sees a key; None is causal, over the rows alone.
     rotary: cosines and sines (B or 1, R, 1, head_dim) of the rows' positions, or None where these are learned.
@@ -167,7 +168,7 @@ class Pass(NamedTuple):
 
 class Matrix(nn.Linear):
     """A linear layer that can have a gated adapter (LoRA, arXiv 2106.09685), which acts on look-ahead rows alone (as in
-    arXiv 2507.11851). Real rows never see those, so the model's own distribution stays what it was, bit for bit."""
+    arXiv 2507.11851). Real rows never see look-ahead rows, so the target distribution stays the same, bit for bit."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(in_features, out_features, bias)
@@ -255,7 +256,7 @@ class MLP(nn.Module):
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
-    """What a block's input passes through first, and what the last block's output does."""
+    """The norm before each part of a block, and after the last block."""
     return (nn.RMSNorm if config.llama else nn.LayerNorm)(config.n_embd, eps=config.norm_eps)
 
 
@@ -276,8 +277,8 @@ class Block(nn.Module):
 
 
 class DraftHead(nn.Module):
-    """Tells a look-ahead row, which was computed blindly, the token before the place that it predicts (not in the
-    paper): that token is known when the draft is drawn. The last matrix is zero at first, which changes nothing."""
+    """Tells a look-ahead row the token before the one that it predicts (not in the paper). The row was computed without
+    it, but the token is known when the draft is drawn. The last matrix begins as zero: a new head changes nothing."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -287,7 +288,7 @@ class DraftHead(nn.Module):
         nn.init.zeros_(self.c_proj.bias)
 
     def forward(self, hidden: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """Hidden states past the final norm and embeddings of the tokens before, both (..., n_embd), to the former."""
+        """Hidden states after the final norm and embeddings of the tokens before, (..., n_embd), to hidden states."""
         return hidden + self.c_proj(F.gelu(self.c_fc(torch.cat([hidden, before], dim=-1)), approximate="tanh"))
 
 
@@ -376,9 +377,9 @@ class GPT(nn.Module):
         layout: which rows see which, and positions; None is plain causal text from position 0, and an empty cache.
         cache: the rows follow what it holds, and are written after it; its length is left to the caller.
 
-        A position past the window is clamped to its last: such rows (drafts past the window's edge) give nothing that
-        is emitted, but may share a batch with rows that have room. Raises InputError when plain text is longer than the
-        window, ValueError when the cache has no room.
+        A position past the window is clamped to the last one. Such rows, drafts past the window's edge, give no token
+        that is emitted, but may share a batch with texts that have room. Raises InputError when plain text is longer
+        than the window, ValueError when the cache has no room.
         """
         ahead, block_size = () if layout is None else layout.lookahead, self.config.block_size
         n_rows = ids.shape[1] + len(ahead)

@@ -1,7 +1,7 @@
-"""Text that a model writes itself, to train drafts on what it will be asked to draft: `train_tiny.py --data self`.
+"""Text that a model writes itself, to train drafts on the text that they are for: `train_tiny.py --data self`.
 
-Half of it continues the corpus; where the model knows conversations, the other half answers questions about passages of
-the corpus.
+It continues passages of the corpus. Where the model has a chat template, every second text answers a question about a
+passage instead.
 """
 
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ QUESTIONS = (
 def own_text(
     model: GPT, encoding: tiktoken.Encoding, chat_template: str | None, corpus: np.ndarray, n_tokens: int, seed: int
 ) -> np.ndarray:
-    """About n_tokens tokens, prompts included: texts one after the other, uint32 (N,).
+    """Texts one after the other, (N,) uint32, with N about n_tokens; prompts are included and counted.
 
-    corpus: (M,) tokens that prompts are cut from. Sampled at temperature 0.8 from the 10 likeliest, as sample.py does.
+    corpus: (M,) tokens, from which the prompts are cut. Text is sampled as sample.py does, at T = 0.8 with top-k 10.
     """
     rng, engine, texts = np.random.default_rng(seed), Engine(model, Plain(), Sampling(0.8, top_k=10)), []
     longest = min(N_PROMPT[1], model.config.block_size // 2)
@@ -55,7 +55,7 @@ def own_text(
 
 
 def passage(corpus: np.ndarray, longest: int, rng: np.random.Generator) -> Sequence[int]:
-    """Some tokens in a row."""
+    """A random run of the corpus's tokens."""
     length = int(rng.integers(min(N_PROMPT[0], longest), longest + 1))
     start = int(rng.integers(max(1, len(corpus) - length)))
     return corpus[start : start + length].tolist()

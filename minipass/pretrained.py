@@ -1,8 +1,8 @@
 """Models of others, in and out: GPT-2 and Llama as Hugging Face's libraries keep them, and Llama as GGUF.
 
 A folder has config.json, model.safetensors or its shards, and for a Llama tokenizer.json; a GGUF is one file with all
-of that. Whatever it is, it becomes Transformers' names and then ours: what differs between families are the tables at
-the top. What this package does not compute is refused by its name. Reading executes no code.
+of that. Every model gets Transformers' names first and then ours; the tables at the top are what differs between
+families. A model that needs what this package does not compute is refused by name. Reading executes no code.
 """
 
 import importlib
@@ -35,8 +35,8 @@ GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 class Family(NamedTuple):
-    """sizes: GPTConfig's names and Transformers'. computed: what our forward pass does, first of all the model_type; a
-    config that asks for something else is refused. constants: what else our config says of this family."""
+    """sizes: GPTConfig's names to Transformers'. computed: the settings that our forward pass computes, model_type
+    first; a config with others is refused. constants: what our config also says for this family."""
 
     sizes: dict[str, str]
     computed: dict[str, Any]
@@ -86,7 +86,7 @@ LLAMA = Family(
     },
     constants={"llama": True},
 )
-LLAMA_DEFAULTS = {  # of Transformers' LlamaConfig, for what a config.json may leave out
+LLAMA_DEFAULTS = {  # Transformers' defaults of what a config.json may leave out
     "num_key_value_heads": 0,
     "head_dim": 0,
     "rope_theta": 10_000.0,
@@ -94,8 +94,8 @@ LLAMA_DEFAULTS = {  # of Transformers' LlamaConfig, for what a config.json may l
     "tie_word_embeddings": False,
 }
 TRANSPOSED = ("c_attn.weight", "c_fc.weight", "c_proj.weight")  # GPT-2's are stored as (in, out), not (out, in)
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # older files carry what we compute
-LLAMA_NAMES = {  # our modules, and those that hold their rows in Transformers' Llama
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # older files store what we compute
+LLAMA_NAMES = {  # our modules to those of Transformers' Llama that hold their rows
     "wte": ["model.embed_tokens"],
     "ln_f": ["model.norm"],
     "lm_head": ["lm_head"],
@@ -106,7 +106,7 @@ LLAMA_NAMES = {  # our modules, and those that hold their rows in Transformers' 
     "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
     "mlp.c_proj": ["mlp.down_proj"],
 }
-GGUF_NAMES = {  # a GGUF's modules and Transformers'
+GGUF_NAMES = {  # a GGUF's modules to Transformers'
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -120,7 +120,7 @@ GGUF_NAMES = {  # a GGUF's modules and Transformers'
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-GGUF_KEYS = {  # a GGUF's keys, less "llama.", and Transformers'
+GGUF_KEYS = {  # a GGUF's keys, without "llama.", to Transformers'
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
     "attention.head_count": "num_attention_heads",
@@ -143,7 +143,7 @@ class Pretrained:
 
 
 def is_pretrained(name: str | Path) -> bool:
-    """Whether `name` is SMOLLM2, a GGUF, a folder with CONFIG, or a name on the hub that no file has here."""
+    """Whether `name` is SMOLLM2, a GGUF file, a folder with CONFIG, or a name on the hub and of no file here."""
     if str(name) == SMOLLM2 or is_shipped(name):
         return str(name) == SMOLLM2
     if os.path.exists(name):
@@ -152,15 +152,15 @@ def is_pretrained(name: str | Path) -> bool:
 
 
 def is_shipped(name: str | Path) -> bool:
-    """Whether `name` is that of a checkpoint in this package, even where a file or folder here is called so, too."""
+    """Whether `name` is that of a checkpoint in this package, even if a file or folder here has the same name."""
     return os.path.basename(name) == str(name) and os.path.isfile(SHIPPED / f"{name}.pt")
 
 
 def load_pretrained(name: str | Path) -> Pretrained:
-    """A GPT-2 or a Llama with its tokenizer, from whatever is_pretrained is true for.
+    """A GPT-2 or a Llama with its tokenizer, from any name that is_pretrained accepts.
 
-    Raises InputError when something is missing, damaged, or not what this package's GPT computes, when there is neither
-    network nor cached file, and when a library of the extras `hf` or `llama` is not installed.
+    Raises InputError when something is missing, damaged, or not computed by this package, when there is neither network
+    nor cached file, and when a library of the extras `hf` or `llama` is not installed.
     """
     model, text = _model_and_text(name)
     return Pretrained(model, *text())
@@ -174,7 +174,7 @@ def from_pretrained(name: str | Path, n_lookahead: int = 0) -> GPT:
 
 
 def _model_and_text(name: str | Path) -> tuple[GPT, Callable[[], tuple[tiktoken.Encoding, str | None]]]:
-    """A model, and what reads its encoding and chat template, which a folder need not have."""
+    """A model, and a function that reads its encoding and chat template, which a folder need not have."""
     if str(name) == SMOLLM2:
         name = smollm2_file()
     if str(name).endswith(".gguf") and not os.path.isdir(name):
@@ -196,7 +196,7 @@ def smollm2_file() -> Path:
 def write_folder(model: GPT, folder: str | Path) -> None:
     """Writes a folder that Transformers opens as GPT2LMHeadModel or LlamaForCausalLM, in the model's dtype.
 
-    What only drafting reads is left out. Raises InputError when the folder or the disk does not take a file.
+    What only drafting reads is left out. Raises InputError when the folder or a file cannot be written.
     """
     folder, family = Path(folder), LLAMA if model.config.llama else GPT2
     config = family.computed | their_sizes(model)
@@ -209,14 +209,14 @@ def write_folder(model: GPT, folder: str | Path) -> None:
 
 
 def their_sizes(model: GPT) -> dict[str, Any]:
-    """The sizes, as GPT2Config or LlamaConfig calls them."""
+    """The model's sizes under the names of GPT2Config or LlamaConfig."""
     config = model.config
     ours = vars(config) | {"n_kv_head": config.kv_heads, "head_dim": config.head_width, "n_inner": config.inner_width}
     return {theirs: ours[name] for name, theirs in (LLAMA if config.llama else GPT2).sizes.items()}
 
 
 def their_weights(model: GPT) -> dict[str, torch.Tensor]:
-    """All weights but what only drafting reads, under Transformers' names and in its shapes; a tied head once."""
+    """All weights that not only drafting reads, with Transformers' names and shapes; a tied head is stored once."""
     stored = {}
     for name, value in model.state_dict().items():
         if not is_drafting(name):
@@ -227,7 +227,7 @@ def their_weights(model: GPT) -> dict[str, torch.Tensor]:
 
 
 def parts(name: str, config: GPTConfig) -> tuple[list[str], list[int] | None]:
-    """Transformers' tensors that hold the rows of our parameter `name`, and how many each holds (None: all)."""
+    """Transformers' names of the tensors that hold our parameter `name`, and the rows that each holds (None: all)."""
     if not config.llama:
         return [f"transformer.{name}"], None
     layer, module, kind = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(\w+)", name).groups()
@@ -240,15 +240,15 @@ def parts(name: str, config: GPTConfig) -> tuple[list[str], list[int] | None]:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves out what torch.nn.init does."""
+    """Skips torch.nn.init."""
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return None if getattr(function, "__module__", "") == "torch.nn.init" else function(*args, **(kwargs or {}))
 
 
 def without_numbers(config: GPTConfig) -> GPT:
-    """A model of sizes alone, to compare or to assign weights to. Arithmetic without numbers makes torch import its
-    compiler, for seconds: so nothing is filled, and adapters come as numbers."""
+    """A model without values, for its shapes or to assign weights to. Only its adapters have values. Arithmetic on meta
+    tensors would make torch import its compiler, which takes seconds: so nothing is initialised."""
     with torch.device("meta"), _Unfilled():
         model = GPT(replace(config, lora_rank=0))
     model.new_adapters(config.lora_rank)
@@ -256,7 +256,7 @@ def without_numbers(config: GPTConfig) -> GPT:
 
 
 def _assemble(source: Path, config: GPTConfig, stored: dict[str, torch.Tensor]) -> GPT:
-    """A model of Transformers' tensors, which all must be used."""
+    """A model made of Transformers' tensors. Raises InputError where one is missing, left over or does not fit."""
     stored = {name: value for name, value in stored.items() if not name.endswith(BUFFERS)}
     if not config.llama:
         stored = {name if name == "lm_head.weight" else f"transformer.{name}": v for name, v in stored.items()}
@@ -300,7 +300,7 @@ def _read_config(file: Path) -> GPTConfig:
 
 
 def _config(given: dict[str, Any], source: str) -> GPTConfig:
-    """A GPTConfig of what a config.json says. Raises InputError where it asks for what is not computed here."""
+    """The GPTConfig that a config.json describes. Raises InputError if it asks for what is not computed here."""
     family = LLAMA if given.get("model_type") == "llama" else GPT2
     if family is LLAMA:
         given = LLAMA_DEFAULTS | {name: value for name, value in given.items() if value is not None}
@@ -336,11 +336,11 @@ def _read_text(folder: Path) -> tuple[tiktoken.Encoding, str | None]:
 
 
 def _read_gguf(file: Path) -> tuple[GPT, tiktoken.Encoding, str | None]:
-    """A Llama in one file of llama.cpp's, of every type of numbers that the package gguf turns into float32."""
+    """A Llama in one file of llama.cpp's, in any format of weights that the package gguf turns into float32."""
     library = _library("gguf")
 
     class Reader(library.GGUFReader):  # type: ignore[name-defined]
-        def __setattr__(self, name: str, value: Any) -> None:  # each of 400,000 slices of a memmap takes long to make
+        def __setattr__(self, name: str, value: Any) -> None:  # 400,000 slices of a memmap would take long
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
     reader = Reader(file)
@@ -375,7 +375,7 @@ def _read_gguf(file: Path) -> tuple[GPT, tiktoken.Encoding, str | None]:
 
 
 def _with_names(template: Any, tokens: dict[str, Any]) -> str | None:
-    """A chat template that knows its bos_token and eos_token: strings, or dictionaries with a `content`."""
+    """A chat template with its bos_token and eos_token set. tokens: strings, or dictionaries with a `content`."""
     if not isinstance(template, str):
         return None
     tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
@@ -402,9 +402,9 @@ def _folder_of(name: str | Path) -> Path:
         return Path(hub.snapshot_download(repository, allow_patterns=patterns))
     except Exception as error:  # of the network, the hub or the disk: each library below has its own
         raise InputError(
-            f"{repository} is neither in the cache folder {hub.constants.HF_HUB_CACHE} nor to be fetched "
-            f"({type(error).__name__}): it needs the network once, or fill that folder (HF_HOME moves it) on a machine "
-            f"that has one, or name a folder with {CONFIG} and {WEIGHTS}"
+            f"{repository} is not in the cache folder {hub.constants.HF_HUB_CACHE} and cannot be fetched "
+            f"({type(error).__name__}): it needs the network once; or fill that folder (HF_HOME moves it) on a machine "
+            f"with a network, or name a folder with {CONFIG} and {WEIGHTS}"
         ) from error
 
 
@@ -424,7 +424,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def read_shards(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of one file or of all shards, under the names that they have there. Raises InputError."""
+    """All tensors of one file or of all shards, under their names there. Raises InputError."""
     sharded = not os.path.isfile(folder / WEIGHTS) and os.path.isfile(folder / INDEX)
     weights = {}
     for name in read(folder / INDEX, _shards) if sharded else [WEIGHTS]:
@@ -433,12 +433,12 @@ def read_shards(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_tensors(file: Path, missing: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file. Raises InputError, which says `missing` where there is none."""
+    """The tensors of a safetensors file. Raises InputError; `missing` is its sentence when there is no file."""
     return read(file, _library("safetensors.torch").load_file, missing)
 
 
 def checked(tensors: dict[str, torch.Tensor], source: str | Path) -> dict[str, torch.Tensor]:
-    """The same tensors. Raises InputError where one holds whole numbers, as quantised ones do, or one not finite."""
+    """The same tensors. Raises InputError if one holds integers, as quantised ones do, or an infinity or NaN."""
     for name, value in tensors.items():
         if not value.is_floating_point():
             raise InputError(f"{source} holds {name} in {value.dtype}: quantised weights of this kind cannot be read")
@@ -448,7 +448,7 @@ def checked(tensors: dict[str, torch.Tensor], source: str | Path) -> dict[str, t
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """What was written beside the tensors. Raises InputError."""
+    """The metadata of a safetensors file. Raises InputError."""
     return read(file, _metadata)
 
 
@@ -460,7 +460,7 @@ def _metadata(file: Path) -> dict[str, str]:
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file. Raises InputError."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    # Not save_file: that one gives nobody else the right to read what it writes.
+    # Not save_file: it lets no other user read the file.
     save: Callable[..., bytes] = _library("safetensors.torch").save
     data = save(tensors, metadata={"format": "pt"} | (metadata or {}))  # Transformers asks for the format
     atomic_write(file, lambda path: path.write_bytes(data))

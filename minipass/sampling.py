@@ -1,10 +1,10 @@
-"""What the next token is: settings, target distributions, and random numbers that depend on the text alone.
+"""How the next token is drawn: settings, target distributions, and noise that has no state.
 
-Noise is stateless: each number is a hash of (seed, stream, text position, token). A token is drawn by an exponential
-race, argmax of probs / e with e ~ Exp(1), which is the Gumbel-max trick. A text is thus a function of weights, prompt
-and seed, whatever the batch. `reject` is the acceptance rule of Chen et al. (arXiv 2302.01318) and Leviathan et al.
-(arXiv 2211.17192); the coupled rule needs no function: a draft is right if the target draws it, by the same noise
-(Daliri, Musco, Suresh, arXiv 2408.07978).
+Each random number is a hash of (seed, stream, text position, token). A token is drawn by an exponential race, argmax of
+probs / e with e ~ Exp(1), which is the Gumbel-max trick. So a text is a function of weights, prompt and seed, whatever
+the batch. `reject` is the acceptance rule of Chen et al. (arXiv 2302.01318) and Leviathan et al. (arXiv 2211.17192).
+The coupled rule needs no function: a draft is accepted if the target draws the same token with the same noise (Daliri,
+Musco, Suresh, arXiv 2408.07978).
 """
 
 import math
@@ -18,7 +18,7 @@ from minipass.errors import InputError, whole
 
 TARGET, DRAFT, ACCEPTANCE = range(3)  # streams of noise
 REJECTION, COUPLED = RULES = ("rejection", "coupled")
-_MASK = [2 ** (64 - shift) - 1 for shift in (30, 27, 31)]  # what a logical shift leaves of the sign's copies
+_MASK = [2 ** (64 - shift) - 1 for shift in (30, 27, 31)]  # these turn arithmetic shifts into logical ones
 
 
 def mix(x: torch.Tensor) -> torch.Tensor:
@@ -29,32 +29,32 @@ def mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def stream_keys(seeds: torch.Tensor) -> torch.Tensor:
-    """Seeds (B,) int64 to a key for each of the three streams of each text, (3, B, 1) int64."""
+    """Seeds (B,) int64 to one key for each stream and text, (3, B, 1) int64."""
     keys = mix(seeds - 0x61C8864680B583EB)  # 0 must not stay 0
     return mix(keys + torch.arange(3, device=seeds.device)[:, None])[..., None]
 
 
 def uniform(key: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Numbers in (0, 1), float64: key (...) is mix(stream_keys + text position), token (..., K) int64."""
+    """Numbers in (0, 1), (..., K) float64. key: (...) int64, mix(stream_keys + text position); token: (..., K) int64"""
     bits = (mix(key[..., None] + token) >> 11) & (2**53 - 1)
     return (bits | 1).double() * 2.0**-53
 
 
 class Distribution(NamedTuple):
-    """Probabilities (..., K) float64 of the tokens (..., K) int64 that can come; all other tokens have 0."""
+    """Probabilities `probs` (..., K) float64 of the tokens (..., K) int64; all other tokens have 0."""
 
     tokens: torch.Tensor
     probs: torch.Tensor
 
     def dense(self, vocab_size: int) -> torch.Tensor:
-        """Probabilities of all tokens: (..., vocab_size) float64."""
+        """The probabilities of all tokens: (..., vocab_size) float64."""
         zeros = self.probs.new_zeros(*self.probs.shape[:-1], vocab_size)
         return zeros.scatter(-1, self.tokens, self.probs)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: first the temperature, then the top_k likeliest tokens, then of these the fewest
+    """How the next token is chosen: first the temperature, then the top_k likeliest tokens, then the fewest of these
     whose probabilities reach top_p. Temperature 0 is greedy. Raises InputError for a value out of bounds."""
 
     temperature: float = 0.0
@@ -110,12 +110,12 @@ class Sampling:
 def reject(
     draft: torch.Tensor, p: torch.Tensor, q: Distribution, u: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tests one draft at each place: accepted with probability min(1, q / p), else the residual is left to draw from.
+    """Tests one draft at each of n positions: accepts it with probability min(1, q / p), else gives the residual.
 
-    draft: (B, n) int64, drawn from p (B, n, V), which need not be normalised. q: K tokens at each place, (B, n, K),
-    normalised. u: (B, n) in (0, 1). Returns accepted (B, n) bool, the residual normalize(max(0, q - p)) (B, n, K) as
-    probabilities of q's tokens, and p without the draft, (B, n, V). A draft with p of 0 was never drawn: it is not
-    accepted and leaves q as it is. Where q - p leaves nothing, q is the residual.
+    draft: (B, n) int64, drawn from p (B, n, V) float64, which need not be normalised. q: normalised, over K tokens at
+    each position, (B, n, K). u: (B, n) float64 in (0, 1). Returns accepted (B, n) bool; the residual, (B, n, K),
+    normalize(max(0, q - p)), as probabilities of q's tokens; and p without the draft, (B, n, V). A draft whose p is 0
+    was never drawn: it is not accepted, and the residual is q. If q - p is positive nowhere, the residual is q, too.
     """
     p = p / p.sum(-1, keepdim=True).clamp(min=1e-300)
     p_draft = p.gather(-1, draft[..., None]).squeeze(-1)  # (B, n)

@@ -1,7 +1,7 @@
-"""The host's side of decoding: the texts, how much each may still have, and a record of every turn.
+"""The host's side of decoding: the texts, how many tokens each may still get, and a record of every turn.
 
-Nothing here computes on the device: a turn's results come as lists of numbers. A text whose context has outgrown the
-window continues from the context's last half window, which is part of what plain decoding computes, for all methods.
+Nothing here computes on the device: the results of a turn come as lists of numbers. A text that outgrows the context
+window continues from its last half window, with plain decoding as with every other method.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -23,14 +23,14 @@ Seeds = int | Sequence[int]
 class Turn:
     """What one turn did, for each of the B texts.
 
-    tokens: the emitted tokens. origins: of each of them: ACCEPTED (a draft), CORRECTED (drawn after a draft was
-    rejected), BONUS (drawn after all drafts on the way were accepted) or SAMPLED (no draft was tested).
-    n_tested, n_accepted: drafts in a row that could have been emitted, and those that were (up to the text's end).
-    active: whether the text was still being continued when the turn began. shape: what the pass verified and drafted.
+    tokens: the emitted tokens. origins: for each of them ACCEPTED (a draft), CORRECTED (drawn after a draft was
+    rejected), BONUS (drawn after all drafts on the path were accepted) or SAMPLED (drawn when no draft was tested).
+    n_tested, n_accepted: how many drafts in a row could have been emitted, and how many were, up to the text's end.
+    active: whether the text had not ended when the turn began. shape: what the pass verified and drafted.
     passes: (model, rows) of each forward pass, where the model is TARGET_MODEL or DRAFTER.
-    last: the node of the draft tree that was accepted last, 0 is the root.
-    result: decode.Result, the turn's tensors (drafts, p, q, ...), and rows: for each text its row in them, None where
-    the text is not among them.
+    last: the last accepted node of the draft tree; 0 is the root.
+    result: decode.Result, the turn's tensors (drafts, p, q, ...). rows: each text's row in these tensors, None for a
+    text that has left the batch.
     """
 
     tokens: list[list[int]]
@@ -47,7 +47,7 @@ class Turn:
 
 @dataclass
 class Generation:
-    """All turns of one call. tokens: for each prompt its new tokens, with the stop token if one ended it."""
+    """The sum of all turns of one call. tokens: each prompt's new tokens, with the stop token if one ended the text."""
 
     tokens: list[list[int]] = field(default_factory=list)
     passes: int = 0
@@ -58,16 +58,16 @@ class Generation:
 
     @property
     def tokens_per_pass(self) -> float:
-        """Emitted tokens for each pass of the target model: 1.0 for plain decoding. Prefill emits none, and is none."""
+        """Emitted tokens per pass of the target model: 1.0 for plain decoding. Prefill does not count as a pass."""
         return sum(map(len, self.tokens)) / max(self.prompt_passes, 1)
 
     @property
     def acceptance(self) -> list[float]:
-        """By draft position, the share of the drafts made there that were accepted."""
+        """By draft position, the share of the tested drafts that were accepted."""
         return [accepted / tested for accepted, tested in zip(self.accepted, self.tested, strict=True)]
 
     def add(self, turn: Turn) -> None:
-        """Counts one more turn in."""
+        """Adds one more turn."""
         self.tokens = self.tokens or [[] for _ in turn.tokens]
         for tokens, new in zip(self.tokens, turn.tokens, strict=True):
             tokens += new
@@ -82,7 +82,7 @@ class Generation:
 
 
 class Texts:
-    """The texts of one call: what each has so far, its context in the window, and how many tokens it may still have."""
+    """The texts of one call: their tokens, their contexts in the window, and how many tokens each may still get."""
 
     def __init__(
         self, prompts: Prompts, max_new_tokens: int, stop_token: StopTokens, seed: Seeds, config: GPTConfig
@@ -112,8 +112,8 @@ class Texts:
         self.turn: Turn | None = None  # the last one
 
     def begin_window(self, with_ended: bool) -> tuple[list[list[int]], list[int], list[int]]:
-        """Moves contexts that have outgrown the window. Returns, of the texts that continue (or of all), the contexts,
-        where in the text they begin, and the seeds."""
+        """Shortens contexts that have outgrown the window. Returns, for the texts that continue (with_ended: for all),
+        the contexts, the places in the text where they begin, and the seeds."""
         for b, text in enumerate(self.texts):
             if len(text) - self.start[b] > self.block_size:
                 self.start[b] = len(text) - max(1, self.block_size // 2)
@@ -122,12 +122,12 @@ class Texts:
         return contexts, [self.start[b] for b in self.rows], [self.seeds[b] for b in self.rows]
 
     def left(self, b: int) -> int:
-        """Tokens that text b may still have in this window: its last place predicts one more."""
+        """Tokens that text b may still get in this window: its last position predicts one more."""
         return min(self.wanted[b], self.block_size + 1 - (len(self.texts[b]) - self.start[b]))
 
     @property
     def room(self) -> int:
-        """The most that any text of the batch may still have in this window; 0: the window is done."""
+        """The most that any text of the batch may still get in this window; 0 when the window is done."""
         return max(map(self.left, self.rows))
 
     def active_rows(self) -> list[int]:
@@ -135,7 +135,7 @@ class Texts:
         return [row for row, b in enumerate(self.rows) if self.left(b) > 0]
 
     def emit(self, shape: Shape, made: list[list[int]], result: Any = None, n_models: int = 1) -> Turn:
-        """Ends a turn: appends what it made to the texts, cut at stop tokens and limits.
+        """Ends a turn: appends its tokens to the texts, cut at stop tokens and limits, and returns its record.
 
         made: for each row of the batch [drafts accepted, last accepted node, next token, accepted drafts, ...].
         """

@@ -1,6 +1,6 @@
-"""Byte-level BPE: learn merges from text, or take them from others' files, then let tiktoken do the encoding.
+"""Byte-level BPE: learns merges from text, or reads them from files of others; tiktoken then does the encoding.
 
-In ours every byte is a token, so any file can be encoded and comes back unchanged.
+In our own vocabularies every byte is a token, so any file can be encoded and decoded unchanged.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from minipass.errors import InputError
 
-# Text is cut into these pieces first, and no merge crosses from one piece into the next: a name or word with
-# the space before it, up to three digits, a run of signs, or white space (but where a word follows, the last
-# space of it goes with the word). Together the alternatives take every character there is.
+# Text is first cut into these pieces, and no merge crosses from one into the next: a name or word with the space
+# before it, up to three digits, a run of signs, or white space without the last space before a word. Together the
+# alternatives take every character.
 PATTERN = r" ?[\p{L}_]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}_]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"
-ENDS = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "<|eot_id|>")  # of a text, or of an answer in a chat
+ENDS = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "<|eot_id|>")  # what ends a text, or an answer in a chat
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same after each digit has been cut off as a piece of its own, before which white space ends like a text does.
+# The same, but each digit is a piece of its own, and white space before a digit is one whole piece.
 DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 GGUF_PATTERNS = {"gpt-2": GPT2_PATTERN, "smollm": DIGITS_PATTERN}  # by tokenizer.ggml.pre
 _LONG_SPACE = re.compile(r"(\s{4096})")
@@ -35,10 +35,10 @@ Pair = tuple[int, int]
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> list[Pair]:
-    """Learn merges: again and again, the most frequent pair of neighbouring tokens becomes a new token.
+    """Learns merges: again and again, the most frequent pair of neighbouring tokens becomes a new token.
 
-    Returns `vocab_size - 257` pairs of token ids, fewer if the text runs out of pairs; the i-th pair makes
-    token 256 + i. Ties go to the lowest ids, so the result is the same on every machine.
+    Returns `vocab_size - 257` pairs of token ids, fewer if the text has no more pairs; the i-th pair becomes token
+    256 + i. Ties go to the lowest ids, so the result is the same on every machine.
     Raises InputError if `vocab_size` cannot hold the 256 bytes and the end-of-text token.
     """
     if vocab_size < 257:
@@ -47,12 +47,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> list[Pair]:
     piece_counts: Counter[str] = Counter()
     for text in tqdm(texts, desc="counting pieces", disable=None, leave=False):
         piece_counts.update(split.findall(text))
-    # One character for each token: 80 KB of unbroken text are one piece, where only str is quick to find a pair.
+    # A character for each token: in one long piece, such as 80 KB of unbroken text, only str finds pairs fast.
     pieces = [piece.encode("utf-8", "replace").decode("latin-1") for piece in piece_counts]
     frequencies = list(piece_counts.values())
 
     pair_counts: Counter[str] = Counter()
-    holders: defaultdict[str, set[int]] = defaultdict(set)  # the pieces that hold a pair, or once held it
+    holders: defaultdict[str, set[int]] = defaultdict(set)  # for each pair, the pieces that hold it or once held it
     for index, piece in enumerate(pieces):
         for pair in map(add, piece, piece[1:]):
             pair_counts[pair] += frequencies[index]
@@ -67,13 +67,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> list[Pair]:
     while heap and len(merges) < vocab_size - 257:
         negative_count, pair = heapq.heappop(heap)
         count = pair_counts[pair]
-        if count != -negative_count:  # counts of old pairs only ever fall, so put it back where it belongs
+        if count != -negative_count:  # counts of old pairs only fall: put it back with its count
             if count > 0:
                 heapq.heappush(heap, (-count, pair))
             continue
         left, right = pair
         joined = token_bytes[ord(left)] + token_bytes[ord(right)]
-        if joined in known:  # "a" + "aa" after "aa" + "a": tiktoken knows tokens by their bytes, so one is enough
+        if joined in known:  # "a" + "aa" after "aa" + "a": to tiktoken these are one token
             continue
         new = chr(len(token_bytes))
         merges.append((ord(left), ord(right)))
@@ -118,7 +118,7 @@ def encoding_of(token_bytes: list[bytes], name: str = "minipass") -> tiktoken.En
 
 
 def stop_tokens(encoding: tiktoken.Encoding) -> tuple[int, ...]:
-    """The ids of ENDS that this encoding has: the first ends a document, any of them a generated text.
+    """The ids of the ENDS in this encoding. In a corpus the first one ends a document; any one ends a generated text.
 
     Raises InputError if there is none.
     """
@@ -129,7 +129,7 @@ def stop_tokens(encoding: tiktoken.Encoding) -> tuple[int, ...]:
 
 
 def encoding_of_gguf(fields: dict[str, Any]) -> tiktoken.Encoding:
-    """The encoding in the fields of a GGUF. Raises InputError where it is none of GGUF_PATTERNS, or no BPE of bytes."""
+    """The encoding in the fields of a GGUF. Raises InputError if it is no BPE of bytes, or not in GGUF_PATTERNS."""
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in GGUF_PATTERNS:
         known = ", ".join(GGUF_PATTERNS)
@@ -141,7 +141,7 @@ def encoding_of_gguf(fields: dict[str, Any]) -> tiktoken.Encoding:
 
 
 def encoding_of_json(content: dict[str, Any]) -> tiktoken.Encoding:
-    """The encoding in a tokenizer.json. Raises InputError where it is no BPE of bytes, or cuts text as we cannot."""
+    """The encoding in a tokenizer.json. Raises InputError if it is no BPE of bytes, or cuts text in an unknown way."""
     model, splits = content["model"], content.get("pre_tokenizer") or {}
     splits = splits.get("pretokenizers", [splits])
     shape = [split.get("type") for split in splits]
@@ -152,7 +152,7 @@ def encoding_of_json(content: dict[str, Any]) -> tiktoken.Encoding:
         split for split in shape[:1] if splits[0].get("behavior", "Isolated") != "Isolated" or splits[0].get("invert")
     ]
     if odd:
-        raise InputError(f"the tokenizer has {odd[0]}, as it is set here, which cannot be read")
+        raise InputError(f"the tokenizer sets {odd[0]} in a way that cannot be read")
     if splits[-1].get("add_prefix_space"):
         raise InputError("the tokenizer puts a space before each text (add_prefix_space), which is not done here")
     if shape[0] == "Digits" and splits[0].get("individual_digits") and splits[1].get("use_regex", True):
@@ -170,9 +170,9 @@ def encoding_of_json(content: dict[str, Any]) -> tiktoken.Encoding:
 def _byte_level(
     pattern: str, vocabulary: dict[str, int], special: dict[str, int], merges: list[str] | list[list[str]]
 ) -> tiktoken.Encoding:
-    """The encoding of a vocabulary in GPT-2's letters for bytes. tiktoken merges in the order of ids: so must merges.
+    """The encoding of a vocabulary that writes bytes as GPT-2's letters.
 
-    Raises InputError where they are in another order.
+    tiktoken merges in the order of ids. Raises InputError when the merges are in another order.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -186,7 +186,7 @@ def _byte_level(
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
-    """GPT-2's encoding (50257 tokens). Raises InputError if it is not on this machine nor to be fetched."""
+    """GPT-2's encoding (50257 tokens). Raises InputError if it is not on this machine and cannot be fetched."""
     try:
         return tiktoken.get_encoding("gpt2")
     except (
@@ -201,23 +201,23 @@ def gpt2_encoding() -> tiktoken.Encoding:
 
 @lru_cache
 def _lacking(encoding: tiktoken.Encoding) -> bytes:
-    """The bytes that are no tokens, which a vocabulary of others may leave out: they vanish from a text."""
+    """The bytes that are no tokens, as in some vocabularies of others. Encoding drops them."""
     tokens = set(encoding.token_byte_values())
     return bytes(byte for byte in range(256) if bytes([byte]) not in tokens)
 
 
 def encode_text(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """Token ids of `text`, uint32 (N,); the name of a special token in it is text like any other."""
+    """Token ids of `text`, (N,) uint32; the name of a special token in it is plain text."""
     lacking = set(_lacking(encoding))
     if lacking and lacking & set(text.encode("utf-8", "replace")):
         return np.array(encode_bytes(encoding, text.encode("utf-8", "replace")), np.uint32)
-    # tiktoken's pattern matcher runs out of stack on about a million spaces in a row, so cut such runs up.
+    # tiktoken's pattern matcher runs out of stack on about a million spaces in a row: cut such runs up.
     parts = [encoding.encode_to_numpy(part, disallowed_special=()) for part in _LONG_SPACE.split(text)]
     return np.concatenate(parts)
 
 
 def encode_bytes(encoding: tiktoken.Encoding, data: bytes) -> list[int]:
-    """Token ids of any bytes, valid UTF-8 or not; `encoding.decode_bytes` gives `data` back, less _lacking."""
+    """Token ids of any bytes, valid UTF-8 or not. `encoding.decode_bytes` gives `data` back, without _lacking."""
     lacking = _lacking(encoding)
     parts = re.split(b"[" + re.escape(lacking) + b"]", data) if lacking else [data]
     if len(parts) > 1:

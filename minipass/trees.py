@@ -1,7 +1,7 @@
 """Draft trees, pass shapes, and acceptance along a tree: what one pass verifies, and what it drafts for the next one.
 
-A chain d_1..d_L is the tree without a fork, and no drafts at all is the tree of the root alone. So plain decoding, the
-paper's two passes, the fused pass and trees of alternatives are one step with other shapes.
+A chain d_1..d_L is a tree without a fork; no drafts at all is the tree of the root alone. So plain decoding, the
+paper's two passes, the fused pass and trees of drafts are the same turn with different shapes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,16 +18,16 @@ from minipass.errors import InputError, whole
 from minipass.layout import CACHE_END, Layout, with_groups
 from minipass.sampling import ACCEPTANCE, TARGET, Distribution, Sampling, reject, uniform
 
-MOST_DRAFTS = 256  # beyond, a pass only costs
+MOST_DRAFTS = 256  # more drafts cost more time than they save
 
 
 @dataclass(frozen=True)
 class DraftTree:
     """The drafts that a pass verifies. Node 0 is the root, nodes 1..N are drafts, ordered by depth.
 
-    parents: (N,) the parent of node i is parents[i - 1]. Siblings are alternatives for one place, the likeliest first.
+    parents: (N,) the parent of node i is parents[i - 1]. Siblings are drafts for one position, the likeliest first.
     groups: (1 + N,) how many look-ahead tokens a fused pass has after each node, in case it is the last one accepted;
-    None: as many as the tree is deep. Where some are missing, the next pass verifies drafts that are worth little.
+    None: as many as the tree is deep. Where there are fewer, the next pass has some drafts of little worth.
     Raises InputError when the nodes come in another order, or when the root has no look-ahead token.
     """
 
@@ -51,7 +51,7 @@ class DraftTree:
 
     @cached_property
     def depth(self) -> tuple[int, ...]:
-        """Of the nodes 0..N: the number of drafts on the way to each, itself included."""
+        """For each of the nodes 0..N, the number of drafts on the path to it, itself included."""
         depth = [0]
         for parent in self.parents:
             depth.append(depth[parent] + 1)
@@ -59,7 +59,7 @@ class DraftTree:
 
     @cached_property
     def rank(self) -> tuple[int, ...]:
-        """Of the nodes 1..N: the number of siblings before each."""
+        """For each of the nodes 1..N, the number of siblings before it."""
         return tuple(self.parents[:i].count(parent) for i, parent in enumerate(self.parents))
 
     @property
@@ -74,7 +74,7 @@ class DraftTree:
         return DraftTree(self.parents[: n_nodes - 1], self.groups and self.groups[:n_nodes])
 
     def lengths(self, n_lookahead: int) -> list[int]:
-        """Look-ahead tokens after each of the nodes 0..N, when at most n_lookahead are of use."""
+        """The number of look-ahead tokens after each of the nodes 0..N, at most n_lookahead."""
         return [min(n, n_lookahead) for n in self.groups or [n_lookahead] * len(self.depth)]
 
 
@@ -84,8 +84,9 @@ def chain(n_drafts: int) -> DraftTree:
 
 
 class Level(NamedTuple):
-    """Drafts that are drawn together, int64. place: (n,), the depths whose look-ahead rows draw. parents: (n,), the
-    nodes whose tokens these rows may know. source, rank: (m,), of each draft drawn, its place's index and its rank."""
+    """Drafts that are drawn together; all int64. place: (n,), the depths whose look-ahead rows give p. parents: (n,),
+    the nodes whose tokens a draft head may read there. source, rank: (m,), for each of the m drafts the index of its
+    place and its rank among its siblings."""
 
     place: torch.Tensor
     parents: torch.Tensor
@@ -94,14 +95,15 @@ class Level(NamedTuple):
 
 
 class Nodes(NamedTuple):
-    """A Shape's numbers on a device, int64 unless said otherwise, made once. N drafts, up to L look-ahead tokens.
+    """A Shape's indices on a device, made once; int64 unless said otherwise. N drafts, D deep, L look-ahead tokens.
 
     layout: of the rows [root, drafts, look-ahead groups]. depth, number: (1 + N,). parents: (N,) of the drafts.
-    elsewhere: (1 + N, 1 + N) bool, [i, j] is True unless node j is on the way to node i, or is it.
-    path: (1 + N, 1 + D), the nodes on the way to each from the root, padded with the node itself.
+    elsewhere: (1 + N, 1 + N) bool, [i, j] is False where node j is node i or on the path to it.
+    path: (1 + N, 1 + D), the nodes on the path from the root to each node, padded with the node itself.
     group_rows: (1 + N, L), the rows after each node that draft for the next pass; where a look-ahead token is missing,
-    the last of the group, or the root's, takes its place. by_rank: for each rank the drafts that have it, as nodes.
-    levels: drafts in the order in which they are drawn. p_row: (1 + N,), which of all their places drew the children.
+    the last one of the group, or the root's group, replaces it. by_rank: for each rank the nodes of that rank.
+    levels: drafts in the order in which they are drawn. p_row: (1 + N,), the place, counted over all levels, whose p
+    each node's children were drawn from.
     """
 
     layout: Layout
@@ -124,7 +126,7 @@ class Shape:
     n_lookahead: int = 0
 
     def cut(self, room: int) -> "Shape":
-        """What is of use when at most `room` more tokens are wanted: the last of a turn is never a draft."""
+        """The part of use when at most `room` more tokens are wanted: the last token of a turn is never a draft."""
         return Shape(self.tree.cut(room - 1), max(0, min(self.n_lookahead, room - 2)))
 
     @property
@@ -134,8 +136,8 @@ class Shape:
 
     @lru_cache(maxsize=1024)  # noqa: B019 - shapes are few and small
     def on(self, device: torch.device, by_parent: bool = False) -> Nodes:
-        """The shape's numbers on a device. by_parent: children are drawn depth by depth, and know their parent's token;
-        else all drafts are drawn at once, from one distribution for each depth."""
+        """The shape's indices on a device. by_parent: drafts are drawn depth by depth, each node's children from a p
+        that knows its token; else all drafts are drawn at once, from one p for each depth."""
         drafts, rows = self.tree, [CACHE_END, *self.tree.parents]
         lengths = np.array(drafts.lengths(self.n_lookahead))
         first_row = len(lengths) + lengths.cumsum() - lengths
@@ -146,7 +148,7 @@ class Shape:
         ways = [node.nonzero()[:, 0].tolist() for node in visible]
         paths = [way + way[-1:] * (1 + drafts.depth[-1] - len(way)) for way in ways]
         by_rank = [[node for node, rank in enumerate(drafts.rank, 1) if rank == r] for r in range(drafts.width)]
-        # Which node's place draws a node's children: its own, or, if not by_parent, that of the first of its depth.
+        # The node at whose place a node's children are drawn: itself or, if not by_parent, the first of its depth.
         draws = [i if by_parent else drafts.depth.index(depth) for i, depth in enumerate(drafts.depth)]
         drawing = sorted({draws[parent] for parent in drafts.parents})
         p_row = [drawing.index(node) if node in drawing else len(drawing) for node in draws]
@@ -165,8 +167,8 @@ class Shape:
 
 
 class Drafts(NamedTuple):
-    """tokens: (B, N) int64, a draft for each node but the root. p: (B, 1 + N, V) float64, what each node's children
-    were drawn from, 0 for a node without; None where the rule needs no p."""
+    """tokens: (B, N) int64, a draft for each node but the root. p: (B, 1 + N, V) float64, the draft distribution of
+    each node's children, 0 for a node without children; None where the rule needs no p."""
 
     tokens: torch.Tensor
     p: torch.Tensor | None = None
@@ -175,17 +177,18 @@ class Drafts(NamedTuple):
 def accept(
     nodes: Nodes, drafts: Drafts, q: Distribution, sampling: Sampling, keys: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last node of a draft tree that is accepted, with all on the way to it, and the token that follows it.
+    """Accepts a path of a draft tree, from the root, and draws the token that follows it.
 
-    q: (B, 1 + N, K), the target distributions after the root and after each draft. keys: (3, B, 1 + N), the noise of
-    the place after each node. Two exact rules:
+    q: (B, 1 + N, K), the target distributions after the root and after each draft. keys: (3, B, 1 + N) int64, the noise
+    keys of the position after each node. Two exact rules:
 
-    - coupled (no p): the target draws a token after each node, as plain decoding does; a draft is right if it is that.
-    - rejection (p given): siblings are tested one after the other, each with what those before it left of p and q
-      (`reject`; for a chain this is the rule of the paper, section 3). The token after the last accepted node comes
+    - coupled (no p): the target draws a token after each node, as plain decoding does; a draft is right if it is the
+      same token.
+    - rejection (p given): siblings are tested one after the other, each with what the tests before left of p and q
+      (`reject`; for a chain this is the rule of the paper, section 3). The token after the last accepted node is drawn
       from what is left: the residual after a rejection, q itself after a leaf.
 
-    Returns the last accepted node (B,), 0 for the root, and next_token (B,).
+    Returns the last accepted node (B,) int64, 0 for the root, and the next token (B,) int64.
     """
     if drafts.p is not None:
         right = torch.ones(q.tokens.shape[:2], dtype=torch.bool, device=q.tokens.device)
@@ -201,6 +204,6 @@ def accept(
     drawn = sampling.draw(q, keys[TARGET])  # (B, 1 + N)
     if drafts.p is None:
         right = F.pad(drafts.tokens == drawn[:, nodes.parents], (1, 0), value=True)  # (B, 1 + N)
-    accepted = (right[:, None] | nodes.elsewhere).all(-1)  # right, and so is all on the way to it: a path
+    accepted = (right[:, None] | nodes.elsewhere).all(-1)  # right, as are all nodes on the path to it
     last = (accepted * nodes.number).amax(1)  # nodes are ordered by depth
     return last, drawn.gather(1, last[:, None])[:, 0]

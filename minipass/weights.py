@@ -1,11 +1,11 @@
-"""Models in files and out: this package's checkpoints, and adapters: whatever was trained for a model to draft.
+"""Reads and writes models: this package's checkpoints, and adapters, which hold all that was trained to draft.
 
-A checkpoint is one file: weights, sizes, tokenizer and training record. Models of others are read by pretrained.py.
-Adapters are a file of their own: a look-ahead table (L, n_embd), with a draft head and gated adapters where they were
-trained. It names its base by a fingerprint and fits any copy of it; `lookahead.safetensors` in a model's folder is one.
+A checkpoint is one file: weights, sizes, tokenizer and training record. pretrained.py reads models of others. Adapters
+are a file of their own: a look-ahead table (L, n_embd), with a draft head and gated adapters if these were trained. It
+names its base by a fingerprint and fits any copy of it; a model's folder holds its own as `lookahead.safetensors`.
 
-Reading executes no code: safetensors are plain tensors, `torch.load(weights_only=True)` builds plain values only.
-Every file is written under another name and then renamed: an interrupt or a full disk does not harm what was there.
+Reading executes no code: safetensors are plain tensors, `torch.load(weights_only=True)` builds only plain values.
+Every file is written under another name and then renamed, so an interrupt or a full disk harms no older file.
 """
 
 import hashlib
@@ -39,18 +39,16 @@ from minipass.pretrained import (
 from minipass.tokenizer import END_OF_TEXT, encoding_of, gpt2_encoding
 
 FORMAT, VERSION = "minipass checkpoint", 1
-MODEL, ADAPTERS = "model.pt", "adapters.safetensors"  # in the folder of a finished run there is one of them
+MODEL, ADAPTERS = "model.pt", "adapters.safetensors"  # a finished run's folder holds one of them
 TABLE = "lookahead.safetensors"
 NONE = "none"  # as adapters: the look-ahead table alone, as in the paper
-FINGERPRINTED = 1024  # values of each weight that a fingerprint looks at
+FINGERPRINTED = 1024  # values of each weight that go into a fingerprint
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds. record: how it was trained (plain values); training: what `--resume` needs, or None.
-
-    chat_template: how the model wants a conversation, in Jinja, or None where it was not trained for one.
-    """
+    """A model with all that belongs to it. record: how it was trained (plain values). training: what `--resume` needs,
+    or None. chat_template: the form of a conversation, in Jinja, or None if the model was not trained for any."""
 
     model: GPT
     encoding: tiktoken.Encoding
@@ -68,12 +66,12 @@ def load(
 ) -> Checkpoint:
     """Reads a checkpoint or a model of others; the model comes in `dtype` on `device`, in evaluation mode.
 
-    `path` is the bare name of a checkpoint that comes with the package ("joint"), a file, the folder of a finished run,
-    or what pretrained.py reads: "smollm2", a GGUF, a folder of a GPT-2 or Llama, a name on the hub. What is here under
-    a bare name that the package has, too, needs a slash ("./joint"). adapters: a file of them, or the folder of a run.
-    Without, a model of others takes those in its folder, or the best that come with the package for it; with NONE, the
-    look-ahead table alone. Raises InputError for a file that is missing, damaged, of another kind or version, that
-    holds numbers that are not finite, or that would run code.
+    path: the bare name of a checkpoint that comes with the package ("joint"), a file, the folder of a finished run, or
+    what pretrained.py reads: "smollm2", a GGUF file, a folder of a GPT-2 or Llama, a name on the hub. A bare name means
+    the package's; write "./joint" for a file or folder of that name. adapters: a file of them, or the folder of a run.
+    Without it a model of others takes the adapters in its folder, or the best that come with the package for it; with
+    NONE it takes the look-ahead table alone. Raises InputError for a file that is missing, damaged, of another kind or
+    version, that holds numbers that are not finite, or that would run code.
     """
     loaded = load_base(path)
     alone = str(adapters) == NONE
@@ -84,7 +82,7 @@ def load(
         loaded.model.new_draft_head(0)
         loaded.model.new_adapters(0)
     loaded.model.to(device=device, dtype=dtype).eval()
-    if dtype != torch.float32:  # what that holds, and was checked in, may be too large for float16
+    if dtype != torch.float32:  # float16 cannot hold all numbers that were checked in float32
         checked(loaded.model.state_dict(), f"{path}, made {dtype},")
     return replace(loaded, record=loaded.record | record)
 
@@ -105,7 +103,7 @@ def load_base(path: Path | str) -> Checkpoint:
 
 
 def _adapters_for(path: Path | str, model: GPT, *, alone: bool) -> Path | None:
-    """The adapters in a model's folder, or those that come with the package for it; or none, where it has its own."""
+    """The adapters in a model's folder, or else those in the package; None if there are none, or it has its own."""
     if model.config.n_lookahead or not is_pretrained(path):
         return None
     if os.path.isfile(Path(path) / TABLE):
@@ -118,9 +116,9 @@ def _adapters_for(path: Path | str, model: GPT, *, alone: bool) -> Path | None:
 
 
 def fingerprint(model: GPT) -> str:
-    """Of a model less what only drafting reads: the same for each copy in whatever file, as bfloat16 or wider.
+    """Names a model, without what only drafting reads: equal for all its copies, in any file, in bfloat16 or wider.
 
-    It looks at up to FINGERPRINTED values of each weight, as bfloat16.
+    It hashes up to FINGERPRINTED values of each weight, as bfloat16.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
@@ -143,13 +141,13 @@ def save(
 ) -> None:
     """Writes a checkpoint, its weights cast to `dtype` (None: as they are). Raises InputError.
 
-    base: the model of others that all weights are those of, but for what only drafting reads: then only this is stored.
+    base: a frozen model of others, by name or path: only what was trained to draft for it is stored then.
     """
     weights = {name: value.detach().to("cpu", dtype or value.dtype) for name, value in model.state_dict().items()}
     if base is not None:
         weights = _drafting(weights)
     tokenizer: dict[str, Any] = {"name": encoding.name}
-    if base is None and encoding.name != "gpt2":  # tiktoken keeps that one itself
+    if base is None and encoding.name != "gpt2":  # tiktoken has that one itself
         if encoding.special_tokens_set != {END_OF_TEXT}:
             raise InputError("a checkpoint cannot hold a tokenizer of others; models of others are saved as a folder")
         tokenizer["tokens"] = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab - 1)]
@@ -160,9 +158,9 @@ def save(
 
 
 def save_pretrained(model: GPT, folder: str | Path) -> None:
-    """Writes a folder that Transformers opens, in the model's dtype, and the adapters with it. Raises InputError.
+    """Writes a folder that Transformers opens, in the model's dtype, with the adapters in it. Raises InputError.
 
-    The tokenizer's files are not written: they are those of the model that it came from.
+    The tokenizer's files are not written: those of the original model fit.
     """
     write_folder(model, folder)
     if model.config.n_lookahead:
@@ -175,7 +173,7 @@ def load_adapters(model: GPT, file: str | Path) -> dict[str, Any]:
     """Gives `model` the look-ahead table in `file`, of any length L, the draft head and the gated adapters there.
 
     A folder stands for the ADAPTERS of the run in it. Returns the record of their training. Raises InputError when the
-    file is missing, damaged, none of that, not finite, made for another width or for another base.
+    file is missing, damaged, of another kind, not finite, or made for another width or another base.
     """
     if os.path.isdir(file):
         file = Path(file) / ADAPTERS
@@ -206,7 +204,7 @@ def _drafting(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _set_drafting(model: GPT, tensors: dict[str, torch.Tensor], file: str | Path) -> None:
-    """Replaces all that only drafting reads. Raises InputError, before anything changes, where it does not fit."""
+    """Replaces all that only drafting reads. Raises InputError, before anything changes, if it does not fit."""
     n_draft = len(tensors.get("draft_head.c_fc.bias", ()))
     lora_rank = next((len(value) for name, value in tensors.items() if name.endswith(".down")), 0)
     table = tensors["lookahead"]
@@ -218,7 +216,7 @@ def _set_drafting(model: GPT, tensors: dict[str, torch.Tensor], file: str | Path
     model.set_lookahead(table)
     model.new_draft_head(n_draft)
     model.new_adapters(lora_rank)
-    model.load_state_dict(tensors, strict=False)  # none is too many or too few
+    model.load_state_dict(tensors, strict=False)  # none is missing or unknown: that was checked
 
 
 def _read_checkpoint(path: Path | str) -> Checkpoint:
@@ -256,10 +254,10 @@ def _read_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def _unpickled(file: Path) -> Any:
-    """What torch.save has put into a file, plain values and tensors."""
+    """What torch.save wrote: plain values and tensors."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about foreign pickles, which are refused just below
             return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # says much about how to run the code all the same
+    except pickle.UnpicklingError as error:  # its own message explains how to run the code anyway
         raise TypeError("it is not a minipass checkpoint, or would run code when read; not loaded") from error

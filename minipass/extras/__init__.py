@@ -1,1 +1,1 @@
-"""The trace page, pictures of the masks, the bench and the course. Nothing in the core imports anything from here."""
+"""The trace page, the animation, pictures of masks, the bench and the course. The core imports nothing from here."""

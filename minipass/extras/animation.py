@@ -1,9 +1,9 @@
 """Plain decoding and PaSS write the same text side by side: `python -m minipass.extras.animation FILE.svg`.
 
-Both run for real, in turn, a few times; of each method the run with the median time is shown. A token appears when it
-came, counted from the first one: prefill, the same for both, is left out. One factor, which the picture states, slows
-everything down. The file is an SVG without scripts and fonts of its own: it moves in an <img>, too. Opened by itself it
-stands still, with the whole text, for readers who asked their system for less motion.
+Both really run, in turns, several times; the picture shows each method's run with the median time. A token appears when
+it was written, counted from the first one: prefill, the same for both, is left out. The picture states by which factor
+it is slowed down. The file is an SVG without scripts and fonts of its own, so it moves in an <img>, too.
+For readers who asked their system for less motion it stands still and shows the whole text.
 """
 
 import argparse
@@ -33,8 +33,8 @@ PROMPT = '''class Stack:
 
     def push(self, item):'''
 REPEATS = 5
-SHOWN_SECONDS, HOLD_SECONDS = 8, 3  # plain decoding is slowed down to so many; then the end stays for a while
-PROMPT_LINES = 3  # of the prompt, the last ones are shown
+SHOWN_SECONDS, HOLD_SECONDS = 8, 3  # plain decoding is slowed down to take this long; then the end stays
+PROMPT_LINES = 3  # of the prompt that are shown, its last
 COLUMNS, CELL, LINE = 36, 8, 17  # characters in a line; width and height of one, in the picture's units
 WIDTH, MARGIN, PANEL, GAP, HEAD, FOOT = 640, 12, 304, 8, 66, 54
 LEGEND = {
@@ -61,7 +61,7 @@ text { font: 13.3px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans 
 
 @dataclass(frozen=True)
 class Run:
-    """One text as it came: the turns, and for each the seconds from the end of the first one to its own end."""
+    """One run: the turns, and for each turn the seconds from the end of the first turn to its own end."""
 
     name: str
     turns: list[Turn]
@@ -73,7 +73,7 @@ class Run:
 
 
 def timed(name: str, engine: Engine, prompt: Sequence[int], max_new_tokens: int, stop: Sequence[int], seed: int) -> Run:
-    """Continues one prompt and looks at the clock after each turn, when its tokens have reached the host."""
+    """Continues one prompt and reads the clock after each turn, when its tokens have reached the host."""
     turns, ends = [], []
     for turn in engine.stream(prompt, max_new_tokens, stop_token=stop, seed=seed):
         ends.append(time.perf_counter())
@@ -84,9 +84,9 @@ def timed(name: str, engine: Engine, prompt: Sequence[int], max_new_tokens: int,
 def measure(
     engines: dict[str, Engine], prompt: Sequence[int], max_new_tokens: int, stop: Sequence[int] = (), seed: int = 0
 ) -> list[Run]:
-    """For each engine the run with the median time of REPEATS, after one to warm up; the engines take turns.
+    """For each engine the run with the median time of REPEATS, after one warm-up; the engines take turns.
 
-    Raises InputError where their texts differ, or end before there is a time to show.
+    Raises InputError if their texts differ, or end in the first turn.
     """
     runs: list[list[Run]] = [[] for _ in engines]
     for _ in range(1 + REPEATS):
@@ -103,9 +103,9 @@ def measure(
 
 
 def cells(pieces: list[str]) -> tuple[list[list[Segment]], int]:
-    """Where each piece of a text stands, a segment for each line that it is on, and the number of rows.
+    """The place of each piece of a text, as a segment for each row that it is on, and the number of rows.
 
-    Long lines go on in the next row. A segment holds the line end that it ends with, unless the row is full.
+    Long lines go on in the next row. A segment includes its line end, unless the row is full.
     """
     placed, row, column = [], 0, 0
     for piece in pieces:
@@ -157,9 +157,9 @@ def svg(runs: Sequence[Run], encoding: tiktoken.Encoding, prompt: Sequence[int],
 
 
 def panel(run: Run, key: str, places: Sequence[list[Segment]], moments: Sequence[float], keyframes: list[str]) -> str:
-    """A run's tokens and figures, each with its animation, named by key and turn, which is added to `keyframes`.
+    """A run's tokens and figures. Their animations, named by key and turn, are added to `keyframes`.
 
-    moments: of each turn's end, as a share of the loop.
+    moments: the end of each turn, as a share of the loop.
     """
     made, place, counts, n_first = [], iter(places), Generation(), len(run.turns[0].tokens[0])
     for k, turn in enumerate(run.turns):
@@ -181,7 +181,7 @@ def panel(run: Run, key: str, places: Sequence[list[Segment]], moments: Sequence
 
 
 def segments(parts: list[Segment]) -> str:
-    """A token's ground and its characters on each line; textLength makes every font as wide as the cells."""
+    """A token's background and its characters on each row; textLength makes every font as wide as the cells."""
     made = []
     for row, column, chars in parts:
         x, y, text = column * CELL, row * LINE, chars.removesuffix("\n")
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="joint", help="the model, as in sample.py (default: %(default)s)")
     parser.add_argument("--prompt", default=PROMPT, help="text to continue (default: the beginning of a Python class)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--lookahead", type=int, default=DEFAULT_LOOKAHEAD, help="drafts (default: %(default)s)")
+    parser.add_argument("--lookahead", type=int, default=DEFAULT_LOOKAHEAD, help="drafts a turn (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--dtype", default="float32", help="as in sample.py (default: %(default)s)")
@@ -215,12 +215,12 @@ def main() -> None:
     device = choose_device("auto")
     loaded = weights.load(args.checkpoint, device=device, dtype=choose_dtype(args.dtype, device))
     sampling = Sampling(args.temperature, top_k=10)
-    methods = {"Plain decoding": Plain(), f"PaSS, L = {args.lookahead}": Fused(args.lookahead)}
+    methods = {"Plain decoding": Plain(), f"PaSS, drafts a pass: {args.lookahead}": Fused(args.lookahead)}
     engines = {name: Engine(loaded.model, method, sampling) for name, method in methods.items()}
     prompt = encode_bytes(loaded.encoding, args.prompt.encode())
     runs = measure(engines, prompt, args.max_new_tokens, stop_tokens(loaded.encoding), args.seed)
     n_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    note = f"{Path(args.checkpoint).name}, {n_parameters / 1e6:.0f}M parameters, {args.dtype}"
+    note = f"Model {Path(args.checkpoint).name}, {n_parameters / 1e6:.0f}M weights, {args.dtype}"
     picture = svg(runs, loaded.encoding, prompt, note)
     atomic_write(args.file, lambda place: place.write_text(picture, encoding="utf-8"))
     for run in runs:

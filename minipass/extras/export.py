@@ -1,4 +1,4 @@
-"""`python -m minipass.extras.export CHECKPOINT FOLDER`: a checkpoint as a folder that Transformers opens."""
+"""`python -m minipass.extras.export CHECKPOINT FOLDER` writes a checkpoint as a folder that Transformers opens."""
 
 import argparse
 from pathlib import Path

@@ -18,7 +18,7 @@ from minipass.files import atomic_write
 from minipass.layout import Layout, path, with_groups
 from minipass.trees import Shape, chain
 
-REAL, LOOKAHEAD, CACHE = "#0072B2", "#E69F00", "#8C8C8C"  # told apart by colour-blind eyes, and by the dots and hatches
+REAL, LOOKAHEAD, CACHE = "#0072B2", "#E69F00", "#8C8C8C"  # colour-blind eyes tell them apart, also by dots and hatches
 CPU = torch.device("cpu")
 
 
@@ -26,8 +26,8 @@ CPU = torch.device("cpu")
 class Panel:
     """One mask: its layout, the names of its rows, how many of them are real, and the length of a look-ahead group.
 
-    start: position of the first row after a cache that all rows see, counted from n, the number of real tokens when
-    the turn begins (root included); None without a cache.
+    start: the position of the first row after the cache, minus n, the number of real tokens when the turn begins (root
+    included); None without a cache.
     """
 
     title: str
@@ -60,7 +60,7 @@ def two_pass(n_lookahead: int = 3) -> list[Panel]:
 
 
 def fused(n_lookahead: int = 3) -> list[Panel]:
-    """A fused pass; row (j, i) is LA_i of the group after draft j, for when j drafts are accepted."""
+    """A fused pass; row (j, i) is LA_i of the group after draft j, for the case that j drafts are accepted."""
     steps = range(1, n_lookahead + 1)
     names = ["root", *(f"d{i}" for i in steps), *(f"({j},{i})" for j in range(n_lookahead + 1) for i in steps)]
     layout = Shape(chain(n_lookahead), n_lookahead).on(CPU).layout

@@ -1,8 +1,8 @@
-"""A generation as a web page: the text coloured by where each token came from, and every turn to open and look into.
+"""A generation as a web page: the text coloured by where each token came from, and every turn to open.
 
-The page (its frame is trace_page.py) is one file that needs nothing else: it opens from disk, and its policy line
-forbids the browser to fetch anything. A Trace takes turns as they come and keeps only the numbers that the page shows,
-not the distributions.
+The page (its frame is in trace_page.py) is one file that needs nothing else: it opens from disk, and its policy line
+forbids the browser to fetch anything. A Trace takes one turn after the other, and keeps only the numbers that the page
+shows, not the distributions.
 """
 
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ MEANING = {
     SAMPLED: "drawn from the target, no draft tested",
     ACCEPTED: "a draft that was accepted",
     CORRECTED: "drawn after a draft was rejected",
-    BONUS: "all drafts on the way accepted: one more from the target",
+    BONUS: "drawn from the target after all drafts were accepted",
 }
 REJECTED = "rejected"
 NOT_REACHED, TEXT_ENDED = UNTESTED = "not reached", "text ended"
@@ -44,11 +44,12 @@ WORDS = ("token", "target drew", "outcome")  # columns of a table
 
 @dataclass(frozen=True)
 class SeenDraft:
-    """One draft as it was tested: its token, what the target distribution q gave it, and what became of it.
+    """One draft and its test: its token, its probability q under the target distribution, and the outcome.
 
-    place: which draft in a row it is, and in a tree its rank among those for that place.
-    p: by the rejection rule, what the draft distribution gave it; in a tree p and q are what the siblings tested before
-    it left of them. drawn: by the coupled rule, the token that the target drew there, None where the text did not get.
+    place: its number in the chain; in a tree its depth and its rank among the siblings.
+    p: under the rejection rule, its probability in the draft distribution; in a tree p and q are what the tests of its
+    siblings left of them. drawn: under the coupled rule, the token that the target drew there; None where the text did
+    not get that far.
     """
 
     place: str
@@ -60,7 +61,7 @@ class SeenDraft:
 
     @property
     def accept(self) -> float:
-        """By the rejection rule, the probability that it is accepted, min(1, q / p); 0 for what p never gives."""
+        """Under the rejection rule, the probability that it is accepted, min(1, q / p); 0 where p is 0."""
         return min(1.0, self.q / self.p) if self.p else 0.0
 
 
@@ -68,9 +69,9 @@ class SeenDraft:
 class SeenTurn:
     """What the page needs of one turn.
 
-    source: the likeliest tokens of the distribution that gave the last token, with the one drawn: (token, q), or, where
-    that is a residual, (token, q, p, residual). rejection: of a residual the sum of max(0, q - p), the probability that
-    a draft drawn from p is rejected.
+    source: the likeliest tokens of the distribution that the last token was drawn from, and that token: (token, q), or
+    for a residual (token, q, p, residual). rejection: for a residual the sum of max(0, q - p), the probability that a
+    draft drawn from p is rejected.
     """
 
     tokens: list[int]
@@ -98,13 +99,13 @@ class Trace:
     """Collects the turns of one prompt of a generation, then writes them as a page."""
 
     def __init__(self, encoding: tiktoken.Encoding, prompt: bytes, settings: dict[str, object], index: int = 0):
-        """prompt: its bytes, which need not be UTF-8; settings: named facts to show; index: which prompt of a batch."""
+        """prompt: bytes, which need not be UTF-8; settings: named facts to show; index: which prompt of a batch."""
         self.encoding, self.prompt, self.settings, self.index = encoding, prompt, settings, index
         self.result = Generation()
         self.turns: list[SeenTurn] = []
 
     def add(self, turn: Turn) -> None:
-        """Takes one turn; its tensors are not kept."""
+        """Adds one turn; its tensors are not kept."""
         b = self.index
         if not turn.active[b]:
             return
@@ -127,7 +128,7 @@ class Trace:
         )
 
     def write(self, path: Path | str) -> None:
-        """Writes the page, or leaves what was there. Raises InputError when the folder or disk does not take it."""
+        """Writes the page. Raises InputError when it cannot be written; an older file then stays as it was."""
         atomic_write(Path(path), lambda temporary: temporary.write_text(self.html(), encoding="utf-8"))
 
     def html(self) -> str:
@@ -166,7 +167,7 @@ class Trace:
         return "".join(html) + ("</span>" if current else "")
 
     def _token(self, token: int) -> str:
-        """A token by itself, for the tables: white space visible, bytes that are no character as escapes."""
+        """A token for the tables: white space made visible, bytes that are no character as escapes."""
         data = self.encoding.decode_single_token_bytes(token)
         return plain(data.decode("utf-8", "surrogateescape").translate(VISIBLE))
 
@@ -185,7 +186,7 @@ class Trace:
         return "".join(rows)
 
     def _explanation(self) -> str:
-        """How to read the turns: both rules and trees, where they were used."""
+        """How to read the turns: the rules and trees that were used."""
         drafted = [seen for seen in self.turns if seen.drafts]
         in_tree = [seen for seen in drafted if seen.shape.tree.width > 1]
         parts = {
@@ -238,7 +239,7 @@ class Trace:
 def look_into(turn: Turn, b: int) -> tuple[list[SeenDraft], list[tuple], float | None]:
     """A turn's drafts for text b, and where its last token came from: SeenTurn's drafts, source and rejection.
 
-    Of a chain all drafts are seen, of a tree those that were tested.
+    Of a chain it gives all drafts, of a tree those that were tested.
     """
     tree, row, result, way = turn.shape.tree, turn.rows[b], turn.result, [turn.last[b]]
     while way[0]:
@@ -287,7 +288,7 @@ def rejected(token: int, q: Distribution, p: torch.Tensor) -> tuple[torch.Tensor
 
 
 def pass_words(seen: SeenTurn) -> tuple[str, str]:
-    """What kind of pass a turn had, and a sentence about its rows."""
+    """The kind of a turn's pass, and a sentence about its rows."""
     n_drafts, n_lookahead = len(seen.shape.tree.parents), seen.shape.n_rows - len(seen.shape.tree.depth)
     kind = "fused" if n_drafts and n_lookahead else "verify" if n_drafts else "draft" if n_lookahead else "plain"
     others = [plural(n, name) for n, name in ((n_drafts, "draft"), (n_lookahead, "look-ahead row")) if n]
@@ -300,7 +301,7 @@ def plural(n: int, name: str, ending: str = "s") -> str:
 
 
 def characters(pieces: list[bytes]) -> list[str]:
-    """The text of each piece of a byte string; a character over several pieces is the last one's."""
+    """The text of each piece of a byte string; a character that is spread over several pieces belongs to the last."""
     owner = [index for index, piece in enumerate(pieces) for _ in piece]  # of each byte
     texts, end = [""] * len(pieces), 0
     for char in b"".join(pieces).decode("utf-8", "surrogateescape"):
@@ -310,7 +311,7 @@ def characters(pieces: list[bytes]) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """Text as it may stand in the page: markup escaped; what cannot be seen or is no character as \\x1b or \\u202e."""
+    """Text that is safe in the page: markup escaped, and what is invisible or no character as \\x1b or \\u202e."""
     return "".join(escape(char) if char.isprintable() or char in "\n\t\u200d" else _escape(char) for char in text)
 
 
@@ -325,7 +326,7 @@ def number_of(value: float) -> str:
 
 
 def table(caption: str, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Rows of cells, greyed where the outcome, the last one, says that there was no test; words left, numbers right."""
+    """A table of rows of cells, grey where the last cell, the outcome, says "no test"; words left, numbers right."""
     head = "".join(f'<th scope="col"{" class=words" if name in WORDS else ""}>{name}</th>' for name in heads)
     body = "".join(
         f"<tr{' class=unused' if cells[-1] in UNTESTED else ''}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
@@ -335,7 +336,7 @@ def table(caption: str, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
 
 
 def curve(turns: list[SeenTurn]) -> str:
-    """Tokens/pass after each turn over the passes so far, as an inline picture with its meaning in words."""
+    """Tokens/pass over the whole text after each turn, as an inline picture with a description in words."""
     if not turns:
         return "<p>No turns.</p>"
     step = -(-len(turns) // N_POINTS)

@@ -1,4 +1,4 @@
-"""The page that trace.py fills in: its frame, style and script, and what it says about turns, rules and trees.
+"""The page that trace.py fills in: frame, style, script, and the explanations of turns, rules and trees.
 
 Nothing here depends on a text. PAGE has a $name for each part that does.
 """
@@ -109,22 +109,22 @@ byId("turns").before(button);
 </script></body></html>
 """)
 
-EXPLANATION = """A turn is one pass of the target model. A draft pass looks ahead: its look-ahead rows give the
-distributions that the next turn's drafts are drawn from. A verify pass tests drafts: q is the probability that the
-target gives a draft after the drafts before it. A fused pass does both. Drafts are accepted up to the first that is
-rejected; q of those after it says what would follow it, and counts no more. The last token of a turn is the target's
-own: a table shows the likeliest tokens of the distribution that it was drawn from."""
+EXPLANATION = """A turn is one pass of the target model. A draft pass looks ahead: its look-ahead rows give the draft
+distributions for the next turn. A verify pass tests drafts: q is a draft's probability in the target distribution,
+given the drafts before it. A fused pass does both. Drafts are accepted up to the first that is rejected; those after it
+do not count. The last token of a turn is drawn by the target: a table shows the likeliest tokens of the distribution
+that it was drawn from."""
 COUPLED_EXPLANATION = """Here drafts were tested by the coupled rule: at each place the target draws a token, with the
-noise of that place of the text, and a draft is accepted if it is that token. Drafts are drawn with the same noise,
-which makes this likely. The text is the one that plain decoding draws. (At temperature 0 both take the likeliest
-token.)"""
-REJECTION_EXPLANATION = """Here drafts were tested by the rejection rule: p is the probability with which a token was
-drafted, and the draft is accepted with probability min(1, q/p). After a rejection the token is drawn from the residual,
+noise of that place in the text, and a draft is accepted if it is the same token. Drafts are drawn with the same noise,
+so this is likely. The text is the one that plain decoding draws. (At temperature 0 draft and target are the likeliest
+tokens.)"""
+REJECTION_EXPLANATION = """Here drafts were tested by the rejection rule: p is the probability of a draft in the draft
+distribution, and it is accepted with probability min(1, q/p). After a rejection the token is drawn from the residual,
 max(0, q - p) made to sum to 1."""
-TREE_EXPLANATION = """In a tree several drafts are alternatives for one place, 1.1 and 1.2 and so on; after an accepted
-one those that hang from it are tested."""
-TREE_REJECTION_EXPLANATION = """They are tested one after the other, each with what those before it have left of p and
-q: a rejected draft leaves the residual as q, and p without that draft, both made to sum to 1."""
+TREE_EXPLANATION = """In a tree one place has several drafts: 1.1, 1.2 and so on. After an accepted draft, the drafts
+that hang from it are tested."""
+TREE_REJECTION_EXPLANATION = """Drafts for one place are tested one after the other. A rejected draft leaves the
+residual as q, and as p what is left without that draft, both made to sum to 1; the next test uses these."""
 
 # Above a table of drafts, "each accepted ..".
 COUPLED_TEST = "if the target drew it"

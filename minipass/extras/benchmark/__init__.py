@@ -1,1 +1,1 @@
-"""What bench.py runs; nothing else in the package needs it. Start with experiments.py."""
+"""What bench.py runs; nothing else in the package needs it. Read experiments.py first."""

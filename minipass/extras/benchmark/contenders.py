@@ -1,6 +1,6 @@
-"""Contenders: a name, and what an engine is made of. How they race for a text, and what their turns cost.
+"""Contenders: the methods that the bench compares, how they race on a text, and what their turns cost.
 
-Among them is Hugging Face's `generate` on the same weights: `pip install -e '.[peers]'`.
+Hugging Face's `generate`, on the same weights, is one of them: `pip install -e '.[peers]'`.
 """
 
 import copy
@@ -37,13 +37,13 @@ LARGER = {  # sizes of models with random weights, whose only use is to be timed
     "cpu": [(8, 8, 512), (12, 12, 768)],
     "cuda": [*((*size, 0, 0, 50_257, 1024) for size in GPT2), *((*size, 49_152, 2048) for size in LLAMA)],
 }
-# Turns that are timed; more tokens than these make, but few: a turn reads the room for them; float32 numbers read from
-# memory; untimed tokens before a race.
+# Turns that are timed; more tokens than these turns make, but not many, since a turn reads the cache's room for them;
+# float32 numbers that are read to time the memory; untimed tokens before a race.
 REPEATS, MANY_TOKENS, READ, WARM_UP = 20, 300, 2**26, 16
 
 
 class Contender(NamedTuple):
-    """A row of a table. method: or what makes it, of a bench and a sampling; or arguments of Hugging Face's generate.
+    """A row of a table. method: a method, a function that makes one, or arguments of Hugging Face's generate.
 
     model: None for the subject's.
     """
@@ -55,13 +55,14 @@ class Contender(NamedTuple):
 
 @lru_cache(maxsize=4)
 def chooser(subject: Subject, data: str, sampling: Sampling, use_graphs: bool) -> AdaptiveTree:
-    """Knows how often the subject's drafts are accepted, and what turns take: that takes a while to measure."""
+    """An AdaptiveTree that knows how often the subject's drafts are right and how long turns take. This is slow to
+    measure, so it is kept."""
     accuracy = subject.forced(data)["rank_accuracy"][:MOST_AUTO_LOOKAHEAD]
     return AdaptiveTree(accuracy, turn_seconds(subject.model, accuracy, sampling, use_graphs=use_graphs))
 
 
 def adaptive(bench: Bench, sampling: Sampling, lookup: int = 0) -> Auto:
-    """Trees that fit this machine and the text; nothing is learned from one race for the next."""
+    """Trees that follow machine and text. Each race begins anew, without what the race before has taught."""
     known = chooser(bench.subject, bench.options.data, sampling, bench.options.cuda_graphs)
     return Auto(copy.deepcopy(known), COUPLED, lookup)
 
@@ -72,7 +73,7 @@ AUTO_LOOKUP = Contender("auto + prompt lookup", lambda bench, sampling: adaptive
 
 
 def in_a_row(bench: Bench, *names: str, lengths: Sequence[int] = ()) -> list[Contender]:
-    """The methods named, or all, with each number L of drafts in a row; those that lack something are left out."""
+    """The named methods, or all, for each number L of drafts in a chain, without those that lack something."""
     subject, draft = bench.subject, bench.draft
     made = {
         "two-pass": TwoPass,
@@ -93,18 +94,18 @@ def in_a_row(bench: Bench, *names: str, lengths: Sequence[int] = ()) -> list[Con
 
 
 def race(bench: Bench, text: str, decoding: str, contenders: Sequence[Contender]) -> list[dict]:
-    """Plain decoding and the contenders take turns: measuring.figures of each, and what was compared."""
+    """Plain decoding and the contenders take turns. Gives a row for each: what was compared, and measuring.figures."""
     options, sampling, runs = bench.options, DECODINGS[decoding], []
     stop = stop_tokens(bench.subject.encoding) if bench.subject.chat_template else ()  # answers end, text goes on
     contenders = [PLAIN, *(each for each in contenders if decoding != GREEDY or REJECTION not in each.name)]
-    for each in contenders:  # greedy, both rules are one
+    for each in contenders:  # when greedy, both rules are the same
         model, method = each.model or bench.subject.model, each.method
         if isinstance(method, dict):
             runs.append(theirs(model, method, sampling, stop))
         else:
             method = method(bench, sampling) if callable(method) else method
             runs.append(measuring.ours(Engine(model, method, sampling, use_graphs=options.cuda_graphs), stop))
-    warm_up = options.new_tokens if options.cuda_graphs else min(WARM_UP, options.new_tokens)  # any turn may be new
+    warm_up = options.new_tokens if options.cuda_graphs else min(WARM_UP, options.new_tokens)  # each turn may be new
     what, prompts = {"text": os.path.basename(text), "decoding": decoding}, bench.prompts(text)
     samples = measuring.take_turns(runs, prompts, options.new_tokens, options.seed, ", ".join(what.values()), warm_up)
     named = zip([each.name for each in contenders], samples, strict=True)
@@ -123,10 +124,10 @@ def forms(draft: GPT | None) -> dict[str, dict]:
 
 @lru_cache(maxsize=4)
 def as_theirs(model: GPT):
-    """The model as transformers has it, of its dtype, on its device."""
+    """The model as one of transformers, with its dtype and device."""
     import transformers
 
-    transformers.logging.set_verbosity_error()  # it warns of greedy decoding with sampling's defaults
+    transformers.logging.set_verbosity_error()  # it warns about sampling's defaults in greedy decoding
     transformers.logging.disable_progress_bar()
     with TemporaryDirectory() as folder:
         pretrained.write_folder(model, folder)
@@ -134,7 +135,7 @@ def as_theirs(model: GPT):
 
 
 def theirs(model: GPT, form: dict, sampling: Sampling, stop_tokens: Sequence[int]) -> Run:
-    """Continues with `generate`."""
+    """A run that continues prompts with `generate`."""
     from transformers import GenerationConfig
 
     them, assistant, form = as_theirs(model), None, form | {"eos_token_id": list(stop_tokens) or None}
@@ -144,7 +145,7 @@ def theirs(model: GPT, form: dict, sampling: Sampling, stop_tokens: Sequence[int
         form["assistant_model"] = assistant = as_theirs(form["assistant_model"])
 
     def run(prompt: Prompts, n_new: int, seed: int) -> measuring.Sample:
-        for each in (them, assistant or them):  # an assistant learns from a run: not for the next one
+        for each in (them, assistant or them):  # an assistant adapts in a run: the next one starts afresh
             each.generation_config = GenerationConfig(pad_token_id=0)
         ids, came = torch.tensor([prompt], device=model.device), []  # when tokens came, and how many: the prompt first
         streamer = SimpleNamespace(put=lambda tokens: came.append((now(), tokens.numel())), end=lambda: None)
@@ -157,10 +158,10 @@ def theirs(model: GPT, form: dict, sampling: Sampling, stop_tokens: Sequence[int
 
 
 def turns(bench: Bench, contenders: Sequence[Contender], larger: bool = False) -> list[dict]:
-    """Turns after a prompt, of plain decoding and the contenders by turns: how long they take, in times of the first,
-    and how much of the memory's speed, in reading float32, it takes to read the weights once in this time.
+    """Times turns after a prompt, where plain decoding and the contenders take turns.
 
-    larger: with models of LARGER sizes, too.
+    Returns rows: the time of a turn, the same relative to plain decoding, and the share of the memory's speed that
+    reading all weights once in this time needs. larger: also models of the sizes in LARGER.
     """
     options, contenders, found, own = bench.options, [PLAIN, *contenders], [], bench.subject.model
     memory = torch.ones(READ, device=own.device)
@@ -170,7 +171,7 @@ def turns(bench: Bench, contenders: Sequence[Contender], larger: bool = False) -
         engines = [Engine(model, each.method, use_graphs=options.cuda_graphs) for each in contenders]
         streams = [engine.stream([0] * options.prompt_tokens, MANY_TOKENS) for engine in engines]
         seconds = seconds_in_turns([stream.__next__ for stream in streams], REPEATS)
-        unread = ["wpe.weight", *["wte.weight"] * (not model.config.tied)]  # but for a few rows
+        unread = ["wpe.weight", *["wte.weight"] * (not model.config.tied)]  # only a few rows are read
         read = sum(p.numel() for name, p in model.named_parameters() if name not in unread and not is_drafting(name))
         config, n_bytes = model.config, read * model.wte.weight.element_size()
         title = f"{config.n_layer} layers, width {config.n_embd}{', Llama' * config.llama}"
@@ -183,7 +184,7 @@ def turns(bench: Bench, contenders: Sequence[Contender], larger: bool = False) -
 
 
 def random_model(like: GPT, size: Sequence[int], seed: int) -> GPT:
-    """With random weights, of sizes as in LARGER, otherwise of another's."""
+    """A model with random weights, with a size from LARGER and otherwise the settings of `like`."""
     sizes = {name: getattr(like.config, name) for name in ("vocab_size", "block_size", "n_lookahead", "n_draft")}
     sizes |= dict(zip(SIZES, size, strict=False))
     torch.manual_seed(seed)
@@ -192,7 +193,7 @@ def random_model(like: GPT, size: Sequence[int], seed: int) -> GPT:
 
 
 def predicted(bench: Bench, contenders: Sequence[Contender], larger: bool = False) -> list[dict]:
-    """`turns`, and the speed-up that is predicted from the tokens/pass of the subject's greedy text, and observed."""
+    """`turns`, with the speed-up predicted from the tokens/pass of the subject's greedy text, and the observed one."""
     own = {row["method"]: row for row in race(bench, bench.options.data, GREEDY, contenders)}
     found = turns(bench, contenders, larger)
     for row in found:

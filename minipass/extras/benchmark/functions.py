@@ -1,4 +1,4 @@
-"""Functions in Python, to judge sampled text by: heads of held-out ones, completed, and whether that parses."""
+"""Python functions, to judge sampled text: heads of held-out functions are completed; does the result parse?"""
 
 import ast
 import re
@@ -16,9 +16,9 @@ BATCH = 32
 
 
 def parsed(code: str) -> ast.Module | None:
-    """Python, by `ast`; None for what is not."""
+    """The code's syntax tree; None if it is not Python."""
     with warnings.catch_warnings(), suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-        warnings.simplefilter("ignore")  # the compiler's opinion of other people's escapes
+        warnings.simplefilter("ignore")  # about invalid escapes in other people's code
         return ast.parse(code)
     return None
 
@@ -26,7 +26,7 @@ def parsed(code: str) -> ast.Module | None:
 def function_heads(texts: Iterable[str]) -> list[str]:
     """The heads, `def` to `:`, of all functions and methods in Python texts: each once, as ast.unparse writes them.
 
-    A head keeps no line end: tokens of Python hold it together with the indentation of the next line.
+    A head has no line end: one token holds a line end of Python together with the next line's indentation.
     """
     heads = {}
     for node in (node for text in texts for node in ast.walk(parsed(text) or ast.Module([], []))):
@@ -37,10 +37,10 @@ def function_heads(texts: Iterable[str]) -> list[str]:
 
 
 def complete(engine: Engine, encoding: tiktoken.Encoding, heads: list[str], n_new: int, seed: int) -> list[str]:
-    """The functions that come of heads, each continued once, up to an end-of-text token or n_new tokens.
+    """Completes the functions with these heads, each once, up to an end-of-text token or n_new tokens.
 
-    What follows a function, from the first line that is not indented, is cut off; where nothing does, the last line,
-    which may be half a line, unless the text has ended.
+    Everything from the first line that is not indented is cut off. If there is no such line and the text has not ended,
+    the last line is cut off, as it may be half a line.
     """
     stop, functions = stop_tokens(encoding), []
     for start in tqdm(range(0, len(heads), BATCH), unit="batch", dynamic_ncols=True):

@@ -1,7 +1,7 @@
-"""How bench.py measures: contenders take turns within each prompt, and what is reported are paired ratios.
+"""How bench.py measures: contenders take turns within each prompt, and the bench reports paired ratios.
 
-A slow moment of the machine thus meets all contenders alike. The clock starts when the first turn's tokens are there:
-what comes before, prefill above all, is timed apart.
+So a slow moment of the machine meets all contenders alike. The clock starts when the first turn's tokens are there:
+everything before that, mostly prefill, is timed apart.
 """
 
 import math
@@ -24,8 +24,8 @@ NGRAM, WARM_UPS = 8, 3
 class Sample(NamedTuple):
     """One prompt, or a batch of them, continued once.
 
-    texts: the new tokens of each prompt. milliseconds: until the first ones were there, prefill included. rate: tokens
-    per second after these, of all texts; NaN where there are none. turns: of our methods.
+    texts: the new tokens of each prompt. milliseconds: until the first tokens were there, prefill included. rate:
+    tokens per second after these, over all texts; NaN if none came after. turns: only of our methods.
     """
 
     texts: list[list[int]]
@@ -38,13 +38,13 @@ Run = Callable[[Prompts, int, int], Sample]  # of a prompt or a batch of them, a
 
 
 def sample(texts: list[list[int]], n_first: int, began: float, first: float, ended: float, turns=()) -> Sample:
-    """From the moments when it began, when the first n_first tokens were there, and when it ended, in seconds."""
+    """A Sample from three times in seconds: its beginning, when the first n_first tokens were there, and its end."""
     n_decoded = sum(map(len, texts)) - n_first
     return Sample(texts, 1000 * (first - began), n_decoded / (ended - first) if n_decoded else math.nan, turns)
 
 
 def ours(engine: Engine, stop_tokens: Sequence[int] = ()) -> Run:
-    """Continues with one of our methods."""
+    """A run that continues prompts with one of our methods."""
 
     def run(prompts: Prompts, n_new: int, seed: int) -> Sample:
         made, turns, first, n_first = Generation(), [], 0.0, 0
@@ -60,7 +60,7 @@ def ours(engine: Engine, stop_tokens: Sequence[int] = ()) -> Run:
 
 
 def now() -> float:
-    """Seconds, once the device has done all that it was given."""
+    """The time in seconds, once the device has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -69,10 +69,10 @@ def now() -> float:
 def take_turns(
     runs: Sequence[Run], prompts: Sequence[Prompts], n_new: int, seed: int, title: str, warm_up: int
 ) -> list[list[Sample]]:
-    """Every run on every prompt; for each run its samples, in the order of the prompts.
+    """Every run on every prompt. Returns for each run its samples, in the order of the prompts.
 
-    Within a prompt the runs take turns, beginning with another one each time. Before, each goes once untimed on the
-    first prompt, for warm_up tokens.
+    For each prompt the runs go one after the other, each time beginning with another one. Before that, each run goes
+    once untimed, on the first prompt for warm_up tokens.
     """
     samples: list[list[Sample]] = [[run(prompts[0], warm_up, seed)][1:] for run in runs]
     for index, prompt in enumerate(tqdm(prompts, desc=title, unit="prompt", dynamic_ncols=True)):
@@ -82,9 +82,9 @@ def take_turns(
 
 
 def figures(samples: Sequence[Sample], base: Sequence[Sample]) -> dict:
-    """What is said of one contender, as plain values; base: the samples of what it is compared with.
+    """The figures of one contender, as plain values. base: the samples that it is compared with.
 
-    Three numbers are quartiles over prompts; of `speedup`, of the ratios of the rates, prompt by prompt.
+    Three numbers are quartiles over prompts; `speedup` has those of the ratio of the rates for each prompt.
     """
     counts, rates = Generation(), [each.rate for each in samples]
     for turn in (turn for each in samples for turn in each.turns):
@@ -101,27 +101,27 @@ def figures(samples: Sequence[Sample], base: Sequence[Sample]) -> dict:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, ...]:
-    """The 25th, 50th and 75th percentile, without NaN; three zeros where nothing is left."""
+    """The 25th, 50th and 75th percentile of the values that are not NaN; three zeros if there are none."""
     values = np.array(values, dtype=float)
     values = values[~np.isnan(values)]
     return tuple(np.percentile(values, [25, 50, 75]).tolist()) if len(values) else (0.0,) * 3
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float, float]:
-    """(low, share, high) by Wilson's interval, 95% by default: good also near 0 and 1, unlike +- z x standard error."""
+    """(low, share, high) by Wilson's interval, 95% by default. Unlike +- z x standard error it holds near 0 and 1."""
     share, spread = successes / trials, z * z / trials
     middle, half = share + spread / 2, z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
     return max(0.0, (middle - half) / (1 + spread)), share, min(1.0, (middle + half) / (1 + spread))
 
 
 def repeated_share(tokens: Sequence[int]) -> float:
-    """Share of the 8-grams of a text that were in it before: small models loop, and loops flatter acceptance."""
+    """Share of a text's 8-grams that occurred in it before: small models loop, and loops raise acceptance."""
     grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 @torch.inference_mode()
 def seconds_in_turns(actions: Sequence[Callable[[], object]], repeats: int) -> np.ndarray:
-    """Seconds of actions that take turns: (repeats, actions). Each goes WARM_UPS times untimed before."""
+    """Seconds of actions that take turns: (repeats, actions). Before, each runs WARM_UPS times untimed."""
     turns = range(WARM_UPS + repeats)
     return np.array([[timeit(action, timer=now, number=1) for action in actions] for _ in turns])[WARM_UPS:]

@@ -1,6 +1,6 @@
-"""How the bench says what it found: Markdown tables, and pictures that read on light and dark pages.
+"""How the bench reports: Markdown tables, and pictures that are readable on light and dark pages.
 
-The pictures' colours are told apart by colour-blind eyes, and each series has a marker of its own besides.
+Colour-blind eyes can tell the pictures' colours apart, and each series also has its own marker.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ COLOURS, LARGE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E
 
 @dataclass
 class Report:
-    """What an experiment found: parts in Markdown, plain values for JSON, and a picture."""
+    """An experiment's results: parts in Markdown, plain values for JSON, and a picture."""
 
     parts: list[str] = field(default_factory=list)
     data: dict[str, list[dict]] = field(default_factory=dict)
     picture: Figure | None = None
 
     def add(self, name: str, caption: str, rows: Sequence[dict], columns: str) -> None:
-        """Rows as a table of some fields, whose names are in `columns`, and as values under that name."""
+        """Adds rows to the values under `name`, and as a table of the fields that `columns` names."""
         self.data.setdefault(name, []).extend(rows)
         fields = columns.split()
         lines = [map(words, fields), ["---"] * len(fields), *([say(row[each]) for each in fields] for row in rows)]
@@ -30,12 +30,12 @@ class Report:
 
 
 def words(field: str) -> str:
-    """A field's name, as it is shown."""
+    """A field's name as tables and pictures show it."""
     return field.replace("_", " ").replace(" per ", "/")
 
 
 def say(value: Any) -> str:
-    """A value in a table: of three numbers in a tuple, low, middle and high, the middle one comes first."""
+    """A value as a table shows it; a tuple of low, middle and high becomes "middle (low to high)"."""
     if isinstance(value, tuple):
         return "{1} ({0} to {2})".format(*map(say, value))
     if isinstance(value, list):
@@ -46,9 +46,9 @@ def say(value: Any) -> str:
 
 
 def picture(rows: Sequence[dict], series: Sequence[str], x: str, *ys: str) -> Figure:
-    """A panel for each y, over x; all are names of fields, `series` of those that tell one series from another.
+    """A panel for each y, over x. All are names of fields; the fields in `series` tell one series from another.
 
-    A y of three numbers is a bar with a point in it; over "position" a y is a list.
+    A y of three numbers becomes a point with an error bar. If x is "position", y is a list, a value for each position.
     """
     figure = Figure(figsize=(7.0 * len(ys), 6.0), layout="constrained", facecolor="white")
     for axes, y in zip(figure.subplots(1, len(ys), squeeze=False)[0], ys, strict=True):
@@ -70,7 +70,7 @@ def picture(rows: Sequence[dict], series: Sequence[str], x: str, *ys: str) -> Fi
 
 
 def bars(speedups: dict[str, float], base: str, name: str, title: str) -> Figure:
-    """Large, for small screens: for each label two bars, the base's, and one that is that many times as long."""
+    """For each label the base's bar, and one that is so many times as long; in large letters, for small screens."""
     figure = Figure(figsize=(8.7, 1.7 * len(speedups) + 0.9), layout="constrained", facecolor="white")
     axes, places, lengths = figure.subplots(), np.arange(len(speedups)), [*speedups.values()]
     said = [f" {name} {length:.2f}x" for length in lengths]

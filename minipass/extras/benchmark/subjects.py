@@ -18,7 +18,7 @@ from minipass.model import GPT
 from minipass.texts import Prompts
 from minipass.trees import DraftTree
 
-WINDOW, MOST_WINDOWS, MILLIONS = 256, 128, 2000  # teacher-forced: tokens; windows; fewer for many million weights
+WINDOW, MOST_WINDOWS, MILLIONS = 256, 128, 2000  # teacher-forced: tokens; windows; windows x million weights
 BATCHES, N_BATCHES = {f"{size} texts at once": size for size in (1, 4, 16, 64)}, 3
 PROSE, CHAT, EDIT, SUMMARY = "docstrings", "answers in chat", "edits of code", "summaries of prose"
 QUESTIONS = (
@@ -33,7 +33,7 @@ ASKED = {
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A checkpoint that is measured, under the name that the user gave; see weights.Checkpoint."""
+    """A checkpoint to measure, with the name that the user gave; see weights.Checkpoint."""
 
     name: str
     model: GPT
@@ -43,7 +43,7 @@ class Subject:
 
     @cached_property
     def headless(self) -> "Subject | None":
-        """The same without its draft head; None where it has none."""
+        """The same without its draft head; None if it has none."""
         if self.model.draft_head is None:
             return None
         model = copy.deepcopy(self.model)
@@ -68,7 +68,7 @@ class Subject:
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype, adapters: str | None = None) -> Subject:
-    """As weights.load does. Raises InputError."""
+    """A Subject, by weights.load. Raises InputError."""
     found = weights.load(name, device=device, dtype=dtype, adapters=adapters)
     return Subject(name, found.model, found.encoding, found.record, found.chat_template)
 
@@ -80,8 +80,8 @@ def heldout(source: str) -> list:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What an experiment works with. options: bench.py's arguments; draft: None where there is none;
-    compared: more checkpoints."""
+    """What an experiment works with. options: bench.py's arguments. draft: the draft model, or None. compared: more
+    checkpoints. place: device and dtype."""
 
     options: argparse.Namespace
     subject: Subject
@@ -90,12 +90,12 @@ class Bench:
     place: tuple[torch.device, torch.dtype]
 
     def tree(self, n_lookahead: int, n_drafts: int, subject: Subject | None = None) -> DraftTree:
-        """The tree of n_drafts nodes, at most n_lookahead deep, of which most of the subject's drafts are accepted."""
+        """The tree of n_drafts nodes, at most n_lookahead deep, with the most accepted drafts for the subject."""
         return best_tree((subject or self.subject).forced(self.options.data)["rank_accuracy"][:n_lookahead], n_drafts)
 
     def prompts(self, text: str) -> list[Prompts]:
-        """What is continued, always the same: windows of a corpus's held-out part, or several at once, or
-        something to do with them; or questions. Raises InputError where a model cannot be asked."""
+        """The prompts, always the same: windows of a corpus's held-out part, one or several at once, or requests to
+        edit or sum up such windows; or questions. Raises InputError for a request without a chat template."""
         subject, data, length, count = self.subject, self.options.data, self.options.prompt_tokens, self.options.prompts
 
         def asked(question: str) -> list[int]:
