@@ -73,8 +73,8 @@ def forced(name: str, subjects: Sequence[Subject | None], *sources: str) -> tupl
 
 @experiment(prompts=16)
 def headline(bench: Bench) -> Tables:
-    """How much does PaSS give with the shipped joint model, greedy and sampled, on code? Two-pass has the paper's rule,
-    rejection, the others the coupled one where no rule is named."""
+    """How much does PaSS give with the shipped joint model, greedy and sampled, on code? Two-pass uses the paper's
+    rejection rule; the others use the coupled rule unless a rule is named."""
     methods = in_a_row(bench, "two-pass", "fused", "fused, rejection", "tree of 4 L")
     yield from races(bench, [*methods, contenders.LOOKUP, contenders.AUTO])
     yield forced("teacher_forced", [bench.subject, bench.subject.headless], bench.options.data)
@@ -124,7 +124,8 @@ def batches(bench: Bench) -> Tables:
 @experiment("position", "acceptance", "match", series=["checkpoint"])
 def acceptance(bench: Bench) -> Tables:
     """Which training drafts best? With the checkpoints and runs of --compare. A base that predicts badly is easier to
-    draft for, so its loss is there too; a constant p is what a drafter has who knows nothing of the context."""
+    draft for, so its loss is there too; a constant p shows what drafts reach that know nothing
+    of the context."""
     yield forced("rows", [bench.subject, bench.subject.headless, *bench.compared], bench.options.data)
 
 
