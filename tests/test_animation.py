@@ -91,4 +91,5 @@ def test_the_command_writes_the_shipped_models_text(tmp_path, monkeypatch, capsy
     animation.main()
     plain, fused = panels(file.read_text(encoding="utf-8"))
     assert len(plain) == len(fused) == 8
+    assert panels((tmp_path / "a-narrow.svg").read_text(encoding="utf-8")) == [plain, fused]
     assert "7 tokens" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """Plain decoding and PaSS write the same text side by side: `python -m minipass.extras.animation FILE.svg`.
 
+FILE-narrow.svg, for phones, shows the same runs one below the other.
+
 Both really run, in turns, several times; the picture shows each method's run with the median time. A token appears when
 it was written, counted from the first one: prefill, the same for both, is left out. The picture states by which factor
 it is slowed down. The file is an SVG without scripts and fonts of its own, so it moves in an <img>, too.
@@ -36,7 +38,7 @@ REPEATS = 5
 SHOWN_SECONDS, HOLD_SECONDS = 8, 3  # plain decoding is slowed down to take this long; then the end stays
 PROMPT_LINES = 3  # of the prompt that are shown, its last
 COLUMNS, CELL, LINE = 36, 8, 17  # characters in a line; width and height of one, in the picture's units
-WIDTH, MARGIN, PANEL, GAP, HEAD, FOOT = 640, 12, 304, 8, 66, 54
+MARGIN, PANEL, GAP, HEAD = 12, 304, 8, 66
 LEGEND = {
     ACCEPTED: "a draft, accepted",
     CORRECTED: "drawn after a rejected draft",
@@ -122,8 +124,8 @@ def cells(pieces: list[str]) -> tuple[list[list[Segment]], int]:
     return placed, row + 1
 
 
-def svg(runs: Sequence[Run], encoding: tiktoken.Encoding, prompt: Sequence[int], note: str) -> str:
-    """The picture: a panel for each run. note: what ran, for the last line."""
+def svg(runs: Sequence[Run], encoding: tiktoken.Encoding, prompt: Sequence[int], note: str, columns: int = 2) -> str:
+    """The picture: a panel for each run, `columns` of them side by side. note: what ran, for the last lines."""
     pieces = [encoding.decode_single_token_bytes(token) for token in (*prompt, *runs[0].tokens)]
     given = b"\n".join(b"".join(pieces[: len(prompt)]).split(b"\n")[-PROMPT_LINES:])
     new = [b"" if token in stop_tokens(encoding) else piece for token, piece in zip(
@@ -132,27 +134,31 @@ def svg(runs: Sequence[Run], encoding: tiktoken.Encoding, prompt: Sequence[int],
     slower = max(1, round(SHOWN_SECONDS / runs[0].seconds[-1]))
     loop = slower * max(run.seconds[-1] for run in runs) + HOLD_SECONDS
     keyframes, body = [], []
+    panel_height, width = HEAD + n_rows * LINE, 2 * MARGIN + columns * (PANEL + GAP) - GAP
     for index, run in enumerate(runs):
-        x, y = MARGIN + index * (PANEL + GAP), MARGIN
-        body.append(f'<rect x="{x}" y="{y}" width="{PANEL}" height="{HEAD + n_rows * LINE}" rx="6" fill="#1b2026"/>')
+        x, y = MARGIN + index % columns * (PANEL + GAP), MARGIN + index // columns * (panel_height + GAP)
+        body.append(f'<rect x="{x}" y="{y}" width="{PANEL}" height="{panel_height}" rx="6" fill="#1b2026"/>')
         body.append(f'<g class="panel" transform="translate({x + 8} {y + HEAD - 6})">')
         body.append(label(0, -40, run.name, "title words") + f'<g class="soft given">{segments(places[0])}</g>')
         body.append(panel(run, f"{index}-", places[1:], [slower * each / loop for each in run.seconds], keyframes))
         body.append("</g>")
-    top = MARGIN + HEAD + n_rows * LINE + 22
+    top = MARGIN + -(-len(runs) // columns) * (panel_height + GAP) + 14
     for i, (origin, words) in enumerate(LEGEND.items()):
-        x, y = MARGIN + 8 + i % 2 * (PANEL + GAP), top + i // 2 * 20
+        x, y = MARGIN + 8 + i % columns * (PANEL + GAP), top + i // columns * 20
         body.append(f'<g class="{origin}"><rect x="{x}" y="{y - 11}" width="14" height="14" rx="3"/></g>')
         body.append(label(x + 21, y, words, "words"))
     speed = f"shown {slower} times slower than it ran" if slower > 1 else "shown as fast as it ran"
-    facts, height = f"Same seed, same text. {note}; {speed}", top + FOOT
-    body.append(label(MARGIN + 8, top + 42, facts, "words soft"))
+    facts, lines = f"Same seed, same text. {note}; {speed}", ("Same seed, same text.", f"{note};", speed)
+    height = top + -(-len(LEGEND) // columns) * 20
+    for line in (facts,) if columns > 1 else lines:
+        body.append(label(MARGIN + 8, height + 2, line, "words soft"))
+        height += 18
     title = f"{' and '.join(run.name for run in runs)} write a text, side by side. {facts}."
     style = STYLE.replace("LOOP", f"{loop:.3f}s") + "\n".join(keyframes)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img"><title>{plain(title)}</title><style>{style}</style>'
-        f'<rect width="{WIDTH}" height="{height}" rx="8" fill="#0f1317"/>{"".join(body)}</svg>\n'
+        f'<rect width="{width}" height="{height}" rx="8" fill="#0f1317"/>{"".join(body)}</svg>\n'
     )
 
 
@@ -221,8 +227,9 @@ def main() -> None:
     runs = measure(engines, prompt, args.max_new_tokens, stop_tokens(loaded.encoding), args.seed)
     n_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     note = f"Model {Path(args.checkpoint).name}, {n_parameters / 1e6:.0f}M weights, {args.dtype}"
-    picture = svg(runs, loaded.encoding, prompt, note)
-    atomic_write(args.file, lambda place: place.write_text(picture, encoding="utf-8"))
+    for columns, file in ((2, args.file), (1, args.file.with_stem(f"{args.file.stem}-narrow"))):
+        picture = svg(runs, loaded.encoding, prompt, note, columns)
+        atomic_write(file, lambda place, picture=picture: place.write_text(picture, encoding="utf-8"))
     for run in runs:
         n_new, passes = len(run.tokens) - len(run.turns[0].tokens[0]), len(run.turns) - 1
         print(f"{run.name}: {n_new} tokens in {run.seconds[-1]:.3f} s and {passes} passes after the first turn")
