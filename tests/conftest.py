@@ -1,11 +1,12 @@
-"""Tiny random models, a slow reference of what plain decoding writes, and the chi-square test that the graders share.
+"""Tiny random models, a slow reference of what plain decoding writes, and a chi-square test.
 
-The reference shares nothing with minipass but the weights: its forward, context rule, target distribution and noise are
-its own.
+The reference shares nothing with what it tests but the weights: its forward, context rule and noise are its own, its
+target distribution is that of the course's graders.
 """
 
 import copy
 import math
+import random
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 from minipass import losses
 from minipass.auto import AdaptiveTree, Auto
 from minipass.decode import GREEDY, Fused, Plain, TwoModels, TwoPass
+from minipass.extras.course.test_exercises import FORKED, slow_probabilities
 from minipass.model import GPT, GPTConfig
-from minipass.sampling import COUPLED, RULES, Sampling
+from minipass.sampling import COUPLED, RULES, Distribution, Sampling
 from minipass.trees import DraftTree
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +31,7 @@ import train_tiny  # noqa: E402
 
 torch.set_num_threads(1)  # the models are so small that a second thread only waits
 
-TREE = DraftTree((0, 0, 0, 1, 1, 2, 4))  # three drafts for the next token, two after the first of them, and so on
+TREE = FORKED  # three drafts for the next token, two after the first of them, and so on
 SPARSE = DraftTree(TREE.parents, groups=(3, 1, 2, 0, 0, 1, 0, 0))
 ACCURACY = [[0.5, 0.2, 0.1], [0.4, 0.25, 0.1], [0.3, 0.1, 0.05]]
 
@@ -63,6 +65,16 @@ def blank_curves() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_tiny, "draw_curves", lambda folder, _: (folder / "loss.png").touch())
         yield
+
+
+def random_prompts(rng: random.Random, n: int, longest: int = 16) -> list[list[int]]:
+    """Of any lengths, up to that of the window."""
+    return [[rng.randrange(11) for _ in range(rng.randint(1, longest))] for _ in range(n)]
+
+
+def whole(probs: torch.Tensor) -> Distribution:
+    """Probabilities of all tokens as a Distribution."""
+    return Distribution(torch.arange(probs.shape[-1]).expand(probs.shape), probs)
 
 
 def random_model(seed: int, std: float = 0.4, **sizes: int) -> GPT:
@@ -169,20 +181,6 @@ def slow_logits(model: GPT, ids: Sequence[Sequence[int]], n_lookahead: int = 0) 
     return norm(x, "ln_f") @ w["wte.weight" if config.tied else "lm_head.weight"].T
 
 
-def slow_distribution(
-    logits: list[float], temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None
-) -> list[float]:
-    """Temperature, top-k, top-p, in this order, one token at a time."""
-    ranked = sorted(range(len(logits)), key=lambda token: -logits[token])[: 1 if temperature == 0 else top_k]
-    weights = [math.exp((logits[token] - logits[ranked[0]]) / (temperature or 1.0)) for token in ranked]
-    probs, reached = [0.0] * len(logits), 0.0
-    for token, weight in zip(ranked, weights, strict=True):
-        if top_p is None or reached < top_p:
-            probs[token] = weight / sum(weights)
-            reached += probs[token]
-    return [prob / reached for prob in probs]
-
-
 def slow_mix(x: int) -> int:
     """SplitMix64's finaliser, on Python's integers."""
     x %= 2**64
@@ -191,14 +189,22 @@ def slow_mix(x: int) -> int:
     return x ^ x >> 31
 
 
+def slow_key(seed: int, stream: int, position: int) -> int:
+    return slow_mix(slow_mix(slow_mix(seed + 0x9E3779B97F4A7C15) + stream) + position)
+
+
+def slow_uniform(key: int, token: int) -> float:
+    return (slow_mix(key + token) >> 11 | 1) / 2**53
+
+
 def slow_race(probs: list[float], seed: int, position: int) -> list[int]:
     """The tokens in the order in which they win the race of the target's noise (stream 0) at a text position."""
-    key = slow_mix(slow_mix(slow_mix(seed + 0x9E3779B97F4A7C15)) + position)
-    time = {}
-    for token, prob in enumerate(probs):
-        u = (slow_mix(key + token) >> 11 | 1) / 2**53
-        time[token] = -math.log(u) / prob if prob > 0 else math.inf
-    return sorted(time, key=time.get)
+    key = slow_key(seed, 0, position)
+
+    def time(token: int) -> float:
+        return -math.log(slow_uniform(key, token)) / probs[token] if probs[token] > 0 else math.inf
+
+    return sorted(range(len(probs)), key=time)
 
 
 @contextmanager
@@ -230,7 +236,7 @@ def plain_text(
     while len(new) < n_new and not (new and new[-1] in stop):
         context = next_context(context, model.config.block_size)
         logits = slow_logits(model, [context])[0, -1].tolist()
-        probs = slow_distribution(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+        probs = slow_probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p)
         new.append(slow_race(probs, seed, len(prompt) + len(new))[0])
         context = [*context, new[-1]]
     return new
@@ -246,7 +252,7 @@ def sequence_probabilities(
         context_start += n_context - len(next_context([0] * n_context, model.config.block_size))
         contexts, grown = [[*prompt, *text][context_start:] for text in growing], {}
         for text, logits in zip(growing, slow_logits(model, contexts)[:, -1].tolist(), strict=True):
-            for token, probability in enumerate(slow_distribution(logits, **sampling)):
+            for token, probability in enumerate(slow_probabilities(logits, **sampling)):
                 if probability > 0:
                     goes_to = ended if token == stop_token else grown
                     goes_to[(*text, token)] = growing[text] * probability
@@ -254,25 +260,38 @@ def sequence_probabilities(
     return growing | ended
 
 
-def chi_square_p_value(samples: list[tuple], expected: dict[tuple, float]) -> float:
-    """How likely samples as unlike `expected` as these are; 0.0 when one has probability 0.
+def chi_square(outcomes: torch.Tensor, probs: torch.Tensor) -> tuple[float, int]:
+    """Of outcomes (n,), numbers of `probs` (K,): chi-square and its degrees of freedom.
 
-    Outcomes are pooled, the likely ones alone and the unlikely ones together, until 5 of each cell are expected.
+    Outcomes are pooled, the likely ones alone and the unlikely ones together, until 5 of each cell are expected. Where
+    one has probability 0, chi-square is infinite.
     """
+    counts, n = torch.bincount(outcomes, minlength=len(probs)), len(outcomes)
+    if counts[probs == 0].any():
+        return math.inf, 1
+    cells, observed, expected = [], 0, 0.0
+    for outcome in probs.argsort(stable=True).tolist():
+        observed, expected = observed + counts[outcome].item(), expected + n * probs[outcome].item()
+        if expected >= 5:
+            cells.append((observed, expected))
+            observed, expected = 0, 0.0
+    if expected > 0:
+        last_observed, last_expected = cells.pop()
+        cells.append((last_observed + observed, last_expected + expected))
+    return sum((count - mean) ** 2 / mean for count, mean in cells), len(cells) - 1
+
+
+def p_value(outcomes: torch.Tensor, probs: torch.Tensor) -> float:
+    """How likely outcomes as unlike `probs` as these are."""
+    statistic, freedom = chi_square(outcomes, probs)
+    half = torch.tensor([freedom / 2, statistic / 2], dtype=torch.float64)
+    return torch.special.gammaincc(half[0], half[1]).item()
+
+
+def chi_square_p_value(samples: list[tuple], expected: dict[tuple, float]) -> float:
+    """How likely samples as unlike `expected` as these are; 0.0 when one has probability 0."""
     if any(sample not in expected for sample in samples):
         return 0.0
-    counts = dict.fromkeys(expected, 0)
-    for sample in samples:
-        counts[sample] += 1
-    cells, observed, probability = [], 0, 0.0
-    for outcome in sorted(expected, key=expected.get):
-        observed, probability = observed + counts[outcome], probability + expected[outcome]
-        if probability * len(samples) >= 5:
-            cells.append((observed, probability * len(samples)))
-            observed, probability = 0, 0.0
-    if probability > 0:
-        last_observed, last_expected = cells.pop()
-        cells.append((last_observed + observed, last_expected + probability * len(samples)))
-    statistic = sum((count - mean) ** 2 / mean for count, mean in cells)
-    half = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
-    return torch.special.gammaincc(half[0], half[1]).item()
+    number = {outcome: i for i, outcome in enumerate(expected)}
+    outcomes = torch.tensor([number[sample] for sample in samples])
+    return p_value(outcomes, torch.tensor(list(expected.values()), dtype=torch.float64))

@@ -459,8 +459,14 @@ MISTAKES = {
     "random numbers of its own": (5, reject, "u * p_draft", "torch.rand_like(u) * p_draft"),
     "tokens of q taken for the vocabulary": (5, reject, "p.gather(-1, q.tokens)", "p[..., :q.tokens.shape[-1]]"),
     "no residual": (5, reject, "(q.probs - p.gather(-1, q.tokens)).clamp(min=0)", "q.probs"),
+    "the residual of another temperature": (
+        5, reject, "(q.probs - p.gather", "(q.probs.sqrt() / q.probs.sqrt().sum(-1, keepdim=True) - p.gather",
+    ),
     "absolute residual": (5, reject, ".clamp(min=0)", ".abs()"),
     "p and q swapped": (5, reject, "u * p_draft < q_draft", "u * q_draft < p_draft"),
+    "all drafts accepted": (5, reject, "u * p_draft < q_draft", "u < 2"),
+    "no draft accepted": (5, reject, "u * p_draft < q_draft", "u > 2"),
+    "u squared": (5, reject, "u * p_draft < q_draft", "u * u * p_draft < q_draft"),
     "u not used": (5, reject, "u * p_draft < q_draft", "p_draft <= q_draft"),
     "one u for all drafts": (5, reject, "u * p_draft < q_draft", "u[:, :1] * p_draft < q_draft"),
     "a floor": (5, reject, "& (p_draft > 0)", "& (p_draft > -1)"),
@@ -489,6 +495,8 @@ MISTAKES = {
         6, accept, "Distribution(q.tokens[:, parents], left[:, parents])",
         "Distribution(q.tokens[:, siblings], left[:, siblings])",
     ),
+    "siblings in the wrong order": (6, accept, "in nodes.by_rank", "in nodes.by_rank[::-1]"),
+    "p of the node before": (6, accept, "drafts.p.clone()", "drafts.p.roll(1, 1)"),
     "q changed": (6, accept, "q.probs.clone()", "q.probs.contiguous()"),
     "a test's number from a generator": (
         6, accept, "uniform(keys[ACCEPTANCE][:, parents], tokens[..., None]).squeeze(-1)",
@@ -496,7 +504,7 @@ MISTAKES = {
     ),
     "the same numbers at each test": (
         6, accept, "uniform(keys[ACCEPTANCE][:, parents], tokens[..., None]).squeeze(-1)",
-        "torch.rand(tokens.shape, generator=torch.Generator().manual_seed(int(siblings[0])), dtype=torch.float64)",
+        "torch.rand(tokens.shape, generator=torch.Generator().manual_seed(len(siblings)), dtype=torch.float64)",
     ),
     "the noise that drew the draft tests it": (6, accept, "keys[ACCEPTANCE]", "keys[1]"),
     "the noise of a test draws": (6, accept, "keys[TARGET]", "keys[TARGET if drafts.p is None else ACCEPTANCE]"),

@@ -14,6 +14,7 @@ from conftest import (
     chi_square_p_value,
     plain_text,
     random_model,
+    random_prompts,
     sequence_probabilities,
 )
 
@@ -28,10 +29,6 @@ from minipass.sampling import COUPLED, REJECTION, Sampling
 from minipass.trees import DraftTree, Shape, chain
 
 CPU = torch.device("cpu")
-
-
-def random_prompts(rng: random.Random, n: int) -> list[list[int]]:
-    return [[rng.randrange(11) for _ in range(rng.randint(1, 16))] for _ in range(n)]
 
 
 def with_head(model: GPT, seed: int = 0, std: float = 0.5) -> GPT:
@@ -117,16 +114,10 @@ def test_of_a_large_vocabulary_the_head_weighs_the_likeliest_tokens_without_it(h
             torch.testing.assert_close(drafts.p[b, node], (logits / 0.9).softmax(-1), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", [COUPLED, REJECTION])
-def test_candidates_leave_the_text_as_it_is(rule, tiny, lively_model, headed, monkeypatch):
+def test_candidates_leave_the_distribution_of_texts_as_it_is(tiny, monkeypatch):
     monkeypatch.setattr(decode, "LARGE_VOCABULARY", 4)
     monkeypatch.setattr(decode, "N_CANDIDATES", 3)
-    if rule == REJECTION:
-        assert p_value(tiny, REJECTING["tree"]) > 1e-4
-        return
-    for seed in range(5):
-        text = Engine(headed, Fused(TREE), Sampling(0.9)).generate([1, 2, 3], 30, seed=seed).tokens[0]
-        assert text == plain_text(headed, [1, 2, 3], 30, Sampling(0.9), seed)
+    assert p_value(tiny, REJECTING["tree"]) > 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +172,7 @@ def test_drafts_that_are_told_another_token_than_p_assumes_are_caught(method, ti
 
 
 @pytest.mark.parametrize("rule", [COUPLED, REJECTION])
-def test_a_new_head_changes_nothing(rule, lively_model):
+def test_turns_with_a_new_head_are_those_without_one(rule, lively_model):
     fresh = copy.deepcopy(lively_model)
     fresh.new_draft_head(12)
     records = [

@@ -16,8 +16,8 @@ from conftest import (
     plain_text,
     random_lively_model,
     random_model,
+    random_prompts,
     sequence_probabilities,
-    slow_distribution,
     slow_logits,
     slow_race,
 )  # fmt: skip
@@ -27,6 +27,8 @@ from minipass import decode, trees
 from minipass.auto import Auto
 from minipass.decode import GREEDY, Decoder, Engine, Fused, Plain, TwoModels, TwoPass
 from minipass.errors import InputError
+from minipass.extras.course import test_exercises as graders
+from minipass.extras.course.test_exercises import slow_probabilities
 from minipass.model import GPT
 from minipass.sampling import COUPLED, DRAFT, REJECTION, RULES, TARGET, Distribution, Sampling
 from minipass.texts import ACCEPTED, BONUS, CORRECTED, DRAFTER, SAMPLED, TARGET_MODEL, Generation
@@ -47,17 +49,9 @@ def engine(way, model, draft_model, sampling=GREEDY, n: int = 3) -> Engine:
 
 def random_tree(rng: random.Random) -> DraftTree:
     """Up to 8 drafts, up to 3 deep, with complete or incomplete groups."""
-    depth, parents = [0], []
-    for _ in range(rng.randint(1, 8)):
-        parents.append(rng.choice([node for node, d in enumerate(depth) if depth[-1] - 1 <= d < 3]))
-        depth.append(depth[parents[-1]] + 1)
+    parents = graders.random_tree(rng.randrange(10**6)).cut(3).parents
     groups = [rng.randint(1, 3), *(rng.randint(0, 3) for _ in parents)]
     return DraftTree(parents, rng.choice([None, groups]))
-
-
-def random_prompts(rng: random.Random, n: int, longest: int = 16) -> list[list[int]]:
-    """Of any lengths, up to that of the window."""
-    return [[rng.randrange(11) for _ in range(rng.randint(1, longest))] for _ in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -451,7 +445,7 @@ def test_recorded_distributions_are_what_the_models_say_of_the_text_so_far(way, 
 
     def last(model, text: list[int], n: int, n_lookahead: int = 0) -> list[list[float]]:
         logits = slow_logits(model, [text], n_lookahead)[0, -n:].tolist()
-        return [slow_distribution(each, **vars(sampling)) for each in logits]
+        return [slow_probabilities(each, **vars(sampling)) for each in logits]
 
     for turn in engine(way, model, draft_model, sampling).stream(prompts, 9, seed=seeds):
         drafts = turn.result.drafts

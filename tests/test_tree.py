@@ -1,16 +1,17 @@
-"""Draft trees: both acceptance rules against slow references and exact enumeration, planted bugs, chains as trees."""
+"""Draft trees: both acceptance rules against exact enumeration, planted bugs, and the numbers of a shape. The course's
+graders, exercise 6, test acceptance text by text, on random trees too."""
 
 import itertools
 import math
 
 import pytest
 import torch
-from conftest import SPARSE, TREE, chi_square_p_value, random_model, sequence_probabilities, slow_logits
+from conftest import SPARSE, TREE, chi_square_p_value, random_model, sequence_probabilities, slow_logits, whole
 
 import minipass.trees
 from minipass.decode import Engine, Fused, Plain
 from minipass.errors import InputError
-from minipass.extras.course.test_exercises import agreement, children, slow_accept, slow_draw
+from minipass.extras.course.test_exercises import agreement, children, random_tree, way
 from minipass.layout import Layout
 from minipass.model import KVCache
 from minipass.sampling import (
@@ -20,7 +21,6 @@ from minipass.sampling import (
     REJECTION,
     RULES,
     TARGET,
-    Distribution,
     Sampling,
     mix,
     reject,
@@ -38,11 +38,6 @@ DRAWN = Sampling(1.0)  # the settings of a draw at any temperature but 0
 @pytest.fixture(scope="module")
 def tiny():
     return random_model(seed=5, std=0.7, vocab_size=5, block_size=16, n_layer=1, n_head=1, n_embd=8, n_lookahead=3)
-
-
-def whole(probs: torch.Tensor) -> Distribution:
-    """Probabilities of all tokens as a Distribution."""
-    return Distribution(torch.arange(probs.shape[-1]).expand(probs.shape), probs)
 
 
 def random_probs(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -64,66 +59,12 @@ def drawn_drafts(drafts: DraftTree, p: torch.Tensor, keys: torch.Tensor, stream:
     return ranked[:, list(drafts.parents), list(drafts.rank)]
 
 
-# Acceptance against a walk down the tree, one text and one node at a time.
-
-
-def walk(
-    drafts: DraftTree, tokens: list[int], p: torch.Tensor | None, q: torch.Tensor, keys: torch.Tensor
-) -> tuple[int, int]:
-    """The last accepted node and the next token of one text. p, q: (1 + N, V); keys: (3, 1 + N)."""
-    if p is not None:
-        return slow_accept(drafts, tokens, p, q, keys)
-    node = 0
-    while True:
-        next_token = slow_draw(q[node], keys[TARGET, node])
-        right = [child for child in children(drafts, node) if tokens[child - 1] == next_token]
-        if not right:
-            return node, next_token
-        (node,) = right
-
-
-def random_tree(generator: torch.Generator) -> DraftTree:
-    """Of 0 to 8 drafts, with no more than 4 siblings."""
-    parents, depth = [], [0]
-    for i in range(int(torch.randint(9, (1,), generator=generator))):
-        fits = [node for node in range(i + 1) if depth[node] + 1 >= depth[-1] and parents.count(node) < 4]
-        parents.append(fits[int(torch.randint(len(fits), (1,), generator=generator))])
-        depth.append(depth[parents[-1]] + 1)
-    return DraftTree(parents)
+# Acceptance along a tree.
 
 
 def alike(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """A target with enough of p for drafts to be accepted often."""
     return 0.6 * p + 0.4 * q
-
-
-def mismatches(rule: str, change=lambda nodes: nodes, judged=lambda nodes, p: p) -> int:
-    """Texts on random trees for which `accept` does not say what the walk says; each node has a p of its own."""
-    generator, n_wrong, n_accepted = torch.Generator().manual_seed(0), 0, 0
-    for i in range(25):
-        drafts = random_tree(generator)
-        n_nodes, keys = len(drafts.depth), keys_of(drafts, 12, seed=100 * i)
-        p, q = random_probs(12, n_nodes, 6, seed=2 * i), random_probs(12, n_nodes, 6, seed=2 * i + 1)
-        q, nodes = alike(p, q), Shape(drafts).on(CPU)
-        tokens = drawn_drafts(drafts, p, keys, TARGET if rule == COUPLED else DRAFT)
-        given = None if rule == COUPLED else judged(nodes, p)
-        last, next_token = accept(change(nodes), Drafts(tokens, given), whole(q), DRAWN, keys)
-        for b in range(12):
-            expected = walk(drafts, tokens[b].tolist(), None if rule == COUPLED else p[b], q[b], keys[:, b])
-            n_wrong += (last[b].item(), next_token[b].item()) != expected
-            n_accepted += drafts.depth[expected[0]] > 1
-    assert n_accepted > 30, "deep nodes are accepted, too"
-    return n_wrong
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_on_random_trees_the_rules_accept_what_a_walk_down_the_tree_accepts(rule):
-    assert mismatches(rule) == 0
-
-
-def p_of_another(nodes, p: torch.Tensor) -> torch.Tensor:
-    """Of each node the p of the node before it, which at most places is a sibling."""
-    return p.roll(1, dims=1)
 
 
 BAD_NODES = {
@@ -132,33 +73,6 @@ BAD_NODES = {
     ),
     "siblings are tested in the wrong order": lambda nodes: nodes._replace(by_rank=nodes.by_rank[::-1]),
 }
-
-
-@pytest.mark.parametrize("bug", BAD_NODES)
-def test_a_tree_that_is_walked_down_wrongly_is_caught(bug):
-    assert mismatches(REJECTION, change=BAD_NODES[bug]) > 5
-
-
-def test_a_node_whose_parent_was_not_accepted_is_caught_under_the_coupled_rule():
-    assert mismatches(COUPLED, change=BAD_NODES["a node is accepted though its parent was not"]) > 5
-
-
-def test_the_p_of_another_parent_is_caught():
-    assert mismatches(REJECTION, judged=p_of_another) > 5
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_targets_with_few_tokens_are_judged_as_those_with_all(rule):
-    keys, nodes = keys_of(TREE, 300), Shape(TREE).on(CPU)
-    p = random_probs(300, 8, 9, seed=1)
-    sampling = Sampling(1.0, top_k=3)
-    q = sampling.distribution(alike(p, random_probs(300, 8, 9, seed=2)).log())
-    drafts = drawn_drafts(TREE, p, keys, TARGET if rule == COUPLED else DRAFT)
-    drafts = Drafts(drafts, None if rule == COUPLED else p)
-    few, all_tokens = (accept(nodes, drafts, each, sampling, keys) for each in (q, whole(q.dense(9))))
-    assert torch.equal(few[0], all_tokens[0])
-    assert torch.equal(few[1], all_tokens[1])
-    assert len(few[0].unique()) > 4
 
 
 def test_on_a_chain_the_rejection_rule_is_the_papers():
@@ -177,15 +91,6 @@ def test_on_a_chain_the_rejection_rule_is_the_papers():
         final = torch.where((n_accepted == n)[:, None], q[:, n], residual / residual.sum(1, keepdim=True))
         assert torch.equal(last, n_accepted)
         assert torch.equal(next_token, DRAWN.draw(whole(final), keys[TARGET][text, n_accepted]))
-
-
-def test_a_greedy_target_accepts_the_path_that_it_would_have_chosen():
-    q = Sampling().distribution(torch.eye(9)[torch.tensor([[4, 1, 7, 2, 8, 0, 3, 5]] * 3)])
-    tokens = torch.tensor([[6, 4, 5, 1, 2, 7, 0], [1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 0, 1, 2, 8]])
-    last, next_token = accept(Shape(TREE).on(CPU), Drafts(tokens), q, Sampling(), keys_of(TREE, 3))
-    # The target wants 4: node 2; then 7 as its node says: node 6. The second has no 4. The third: node 1, 1: node 5.
-    assert last.tolist() == [6, 0, 5]
-    assert next_token.tolist() == [3, 4, 0]
 
 
 # One place: a fan of siblings.
@@ -411,19 +316,6 @@ def test_equality_with_plain_decoding_catches_a_wrong_mask_and_a_wrong_gather(sa
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("sampling", [Sampling(), DRAWN, Sampling(0.8, top_k=4)], ids=str)
-def test_a_tree_that_is_a_chain_is_the_chain_bit_for_bit(sampling, rule, lively_model):
-    streams = [
-        Engine(lively_model, Fused(drafts, rule), sampling).stream([[1, 2, 3], [4], [7, 8, 9, 1]], 30, seed=1)
-        for drafts in (3, DraftTree((0, 1, 2)))
-    ]
-    for one, other in zip(*streams, strict=True):
-        assert (one.tokens, one.origins, one.n_accepted) == (other.tokens, other.origins, other.n_accepted)
-        assert torch.equal(one.result.drafts.tokens, other.result.drafts.tokens)
-        assert torch.equal(one.result.q.probs, other.result.q.probs)
-
-
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
 def test_incomplete_groups_change_the_passes_not_the_text(sampling, rule, lively_model):
     prompts = [[token, 3, 8] for token in range(11)] + [[1] * 37]
@@ -440,11 +332,6 @@ def test_incomplete_groups_change_the_passes_not_the_text(sampling, rule, lively
 # What a turn records.
 
 
-def way_to(drafts: DraftTree, node: int) -> list[int]:
-    """The drafts on the way to a node, itself included, by a walk up."""
-    return [*way_to(drafts, drafts.parents[node - 1]), node] if node else []
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_turns_of_a_tree_tell_which_path_was_accepted(rule, lively_model):
     engine, seen = Engine(lively_model, Fused(TREE, rule), DRAWN), set()
@@ -454,20 +341,20 @@ def test_turns_of_a_tree_tell_which_path_was_accepted(rule, lively_model):
                 continue
             drafts, tokens = turn.shape.tree, turn.result.drafts.tokens[turn.rows[b]].tolist()
             assert turn.last[b] == turn.result.last[turn.rows[b]]
-            way = way_to(drafts, turn.last[b])
+            path = way(drafts, turn.last[b])[1:]
             accepted = [t for t, origin in zip(turn.tokens[b], turn.origins[b], strict=True) if origin == ACCEPTED]
-            assert accepted == [tokens[node - 1] for node in way][: len(accepted)]
+            assert accepted == [tokens[node - 1] for node in path][: len(accepted)]
             if turn.origins[b][-1] in (BONUS, CORRECTED):
-                assert len(accepted) == len(way)
-                children = [node for node, parent in enumerate(drafts.parents, 1) if parent == turn.last[b]]
-                assert (turn.origins[b][-1] == BONUS) == (not children)
-                assert turn.tokens[b][-1] not in [tokens[child - 1] for child in children] or rule == REJECTION
+                assert len(accepted) == len(path)
+                siblings = children(drafts, turn.last[b])
+                assert (turn.origins[b][-1] == BONUS) == (not siblings)
+                assert turn.tokens[b][-1] not in [tokens[node - 1] for node in siblings] or rule == REJECTION
             seen |= set(turn.origins[b])
     assert seen >= {ACCEPTED, BONUS, CORRECTED}
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_recorded_distributions_are_what_the_model_says_after_each_node(rule, lively_model):
+def test_drafts_are_drawn_from_what_the_look_ahead_rows_say_and_p_says_so(rule, lively_model):
     """Texts are exact for any drafts, so only this test sees drafts that come from the wrong look-ahead rows."""
     texts, sampling, n_compared = [[1, 2, 3], [4]], Sampling(0.9, top_k=6), 0
     for turn in Engine(lively_model, Fused(TREE, rule), sampling).stream([list(text) for text in texts], 30, seed=2):
@@ -486,10 +373,6 @@ def test_recorded_distributions_are_what_the_model_says_after_each_node(rule, li
                 ranked = sampling.draw(p, mix(stream + len(text) + torch.arange(depth))[0], drafts.width)  # (D, width)
                 expected = [ranked[d - 1, rank] for d, rank in zip(drafts.depth[1:], drafts.rank, strict=True)]
                 assert result.drafts.tokens[row].tolist() == expected
-                for node in range(len(drafts.depth)):
-                    path = [result.drafts.tokens[row, each - 1].item() for each in way_to(drafts, node)]
-                    q = sampling.distribution(slow_logits(lively_model, [text + path])[0, -1])
-                    torch.testing.assert_close(result.q.dense(11)[row, node], q.dense(11))
                 n_compared += 1
             text += turn.tokens[b]
     assert n_compared > 10
@@ -506,6 +389,7 @@ def test_a_tree_knows_depths_ranks_and_width_and_can_be_cut():
     assert TREE.cut(0) == chain(0) == DraftTree()
     assert TREE.cut(9) == TREE
     assert SPARSE.cut(1) == DraftTree((0, 0, 0), groups=(3, 1, 2, 0))
+    assert chain(3) == DraftTree((0, 1, 2))
     assert (chain(3).width, chain(3).depth, chain(0).width) == (1, (0, 1, 2, 3), 1)
 
 
@@ -558,16 +442,15 @@ def test_rows_are_the_nodes_and_the_groups():
 
 
 def test_the_numbers_of_a_shape_are_those_of_a_walk():
-    generator = torch.Generator().manual_seed(1)
-    for drafts in (TREE, chain(0), chain(3), *(random_tree(generator) for _ in range(20))):
+    for drafts in (TREE, chain(0), chain(3), *map(random_tree, range(20))):
         nodes, n_nodes, deepest = Shape(drafts, 2).on(CPU), len(drafts.depth), drafts.depth[-1]
-        assert nodes.depth.tolist() == [len(way_to(drafts, node)) for node in range(n_nodes)]
+        assert nodes.depth.tolist() == [len(way(drafts, node)) - 1 for node in range(n_nodes)]
         assert nodes.number.tolist() == list(range(n_nodes))
         assert nodes.parents.tolist() == list(drafts.parents)
         for node in range(n_nodes):
-            way = [0, *way_to(drafts, node)]
-            assert (~nodes.elsewhere[node]).nonzero()[:, 0].tolist() == way
-            assert nodes.path[node].tolist() == (way + [node] * deepest)[: 1 + deepest]
+            path = way(drafts, node)
+            assert (~nodes.elsewhere[node]).nonzero()[:, 0].tolist() == path
+            assert nodes.path[node].tolist() == (path + [node] * deepest)[: 1 + deepest]
         for rank, siblings in enumerate(nodes.by_rank):
             assert all(drafts.parents[: node - 1].count(drafts.parents[node - 1]) == rank for node in siblings.tolist())
         assert sorted(torch.cat(nodes.by_rank).tolist()) == list(range(1, n_nodes))

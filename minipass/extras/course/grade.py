@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="a submission (folder or zip), or many")
     parser.add_argument("--out", type=Path, default=Path("."), metavar="FOLDER", help="for grades.csv and grades.json")
     parser.add_argument(
-        "--processes", type=int, default=os.cpu_count(), metavar="N", help="at once (default: all cores)"
+        "--processes", type=int, default=os.cpu_count(), metavar="N", help="exercises at once (default: one a core)"
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of the graders' numbers, to repeat a run")
     given = parser.parse_args(arguments)

@@ -11,11 +11,14 @@ import re
 from pathlib import Path
 
 STYLE = """
-body { margin: 0; font: 1.5rem/1.45 system-ui, sans-serif; color: #222; background: white; }
-section { box-sizing: border-box; min-height: 100vh; padding: 4vh 8vw; border-bottom: 1px solid #ccc; }
-h1 { font-size: 2.2rem; color: #0072b2; } li { margin: .4em 0; } code, pre { font-size: .9em; background: #f2f2f2; }
-pre { padding: .6em; } img { max-width: 100%; max-height: 62vh; }
-@page { size: A4 landscape; } @media print { section { min-height: 0; border: 0; break-after: page; } }
+html { font-size: min(2.3vw, 4.1vh); } body { margin: 0; font: 1rem/1.45 system-ui, sans-serif; counter-reset: slide; }
+body { color: #222; background: white; } h1 { font-size: 1.5rem; color: #0072b2; margin-top: 0; } li { margin: .5em 0; }
+section { box-sizing: border-box; min-height: 100vh; padding: 6vh 7vw; border-bottom: 1px solid #ccc; }
+section { position: relative; counter-increment: slide; } section:after { content: counter(slide); font-size: .6rem; }
+section:after { position: absolute; right: 2vw; bottom: 2vh; color: #888; } code, pre { background: #f2f2f2; }
+code, pre { font-size: .85em; } pre { padding: .6em; }
+img { float: right; width: 54%; max-height: 76vh; object-fit: contain; margin: 0 0 0 2vw; }
+@page { size: 320mm 180mm; margin: 0; } @media print { section { height: 100vh; border: 0; break-after: page; } }
 """
 
 
@@ -56,5 +59,5 @@ def png(name: str) -> str:
     from minipass.extras.figures import PICTURES, picture  # needs matplotlib
 
     file = io.BytesIO()
-    picture(PICTURES[name]()).savefig(file, format="png", dpi=110, facecolor="white", metadata={"Software": None})
+    picture(PICTURES[name]()).savefig(file, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     return base64.b64encode(file.getvalue()).decode()

@@ -101,17 +101,17 @@ def probabilities(logits: torch.Tensor, **settings) -> torch.Tensor:
 
 
 def slow_probabilities(
-    logits: Sequence[float], temperature: float, top_k: int | None, top_p: float | None
+    logits: Sequence[float], temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None
 ) -> list[float]:
-    """One row, token by token; no two logits are the same."""
-    weights = [math.exp((each - max(logits)) / temperature) for each in logits]
-    likeliest = sorted(range(len(logits)), key=lambda token: -logits[token])[:top_k]
-    kept, total = [], sum(weights[token] for token in likeliest)
-    for token in likeliest:
-        if top_p is None or sum(weights[other] for other in kept) / total < top_p:
-            kept.append(token)
-    total = sum(weights[token] for token in kept)
-    return [weights[token] / total if token in kept else 0.0 for token in range(len(logits))]
+    """One row: temperature, top-k, top-p, in this order, token by token. No two logits are the same."""
+    likeliest = sorted(range(len(logits)), key=lambda token: -logits[token])[: top_k if temperature else 1]
+    weights = [math.exp((logits[token] - logits[likeliest[0]]) / (temperature or 1.0)) for token in likeliest]
+    probs, reached = [0.0] * len(logits), 0.0
+    for token, weight in zip(likeliest, weights, strict=True):
+        if top_p is None or reached < top_p:
+            probs[token] = weight / sum(weights)
+            reached += probs[token]
+    return [prob / reached for prob in probs]
 
 
 @exercise_1(1)
@@ -343,30 +343,35 @@ def ragged_cache() -> KVCache:
     return cache
 
 
+LAYOUTS = [causal(3), slow_layout([-1, 0, 0]), slow_layout([-1, -1, 1]), causal(5), causal(1), causal(1, 3)]
+
+
 @exercise_3(1)
 def test_every_row_sees_what_is_in_the_cache():
     cache = ragged_cache()
-    mask = cache.mask(causal(3))
-    assert mask.shape == (3, 3, 9), "the mask should have the shape (B, R, max_len)"
-    assert mask.dtype == cache.pairs.dtype, "the mask is added to scores: it should have the dtype of `pairs`"
-    for b, length in enumerate(cache.length.tolist()):
-        assert (mask[b, :, :length] == 0).all(), "all rows should see (0) all slots before `length`, each text its own"
+    for lengths, layout in product(([4, 0, 2], [0, 4, 3]), LAYOUTS):
+        cache.length.copy_(torch.tensor(lengths))
+        mask = cache.mask(layout)
+        assert mask.shape == (3, layout.visible.shape[1], 9), "the mask should have the shape (B, R, max_len)"
+        assert mask.dtype == cache.pairs.dtype, "the mask is added to scores: it should have the dtype of `pairs`"
+        for b, length in enumerate(lengths):
+            assert (mask[b, :, :length] == 0).all(), (
+                "all rows should see (0) all slots before `length`, each text its own"
+            )
 
 
 @exercise_3(2)
 def test_rows_see_each_other_as_the_layout_says_and_nothing_after_them():
     cache = ragged_cache()
-    layouts = causal(3), slow_layout([-1, 0, 0]), slow_layout([-1, -1, 1]), causal(5), causal(1)
-    for lengths in ([4, 0, 2], [0, 4, 3]):
+    for lengths, layout in product(([4, 0, 2], [0, 4, 3]), LAYOUTS):
         cache.length.copy_(torch.tensor(lengths))
-        for layout in layouts:
-            mask, n_rows = cache.mask(layout), layout.visible.shape[1]
-            assert ((mask == 0) | (mask == -torch.inf)).all(), "the mask should be 0 where a row sees a slot, else -inf"
-            for b, length in enumerate(lengths):
-                own = mask[b, :, length : length + n_rows] == 0
-                assert torch.equal(own, layout.visible[0]), "this pass's slots should be seen as the layout says"
-                after = mask[b, :, length + n_rows :]
-                assert (after == -torch.inf).all(), "slots after this pass hold garbage: no row should see them"
+        mask, n_rows = cache.mask(layout), layout.visible.shape[1]
+        assert ((mask == 0) | (mask == -torch.inf)).all(), "the mask should be 0 where a row sees a slot, else -inf"
+        for b, length in enumerate(lengths):
+            own = mask[b, :, length : length + n_rows] == 0
+            assert torch.equal(own, layout.visible[0]), "this pass's slots should be seen as the layout says"
+            after = mask[b, :, length + n_rows :]
+            assert (after == -torch.inf).all(), "slots after this pass hold garbage: no row should see them"
 
 
 @exercise_3(2)
@@ -573,7 +578,7 @@ def test_what_is_left_of_q_is_the_residual():
 
 @exercise_5(1)
 def test_what_is_left_of_p_is_p_without_the_draft():
-    grade_reject("p without the draft should be p with 0 there", *dense_case(), what=["rest"])
+    grade_reject("the third result should be p with a 0 in place of the draft", *dense_case(), what=["rest"])
 
 
 @exercise_5(2)
@@ -581,7 +586,7 @@ def test_q_may_list_its_tokens_in_any_order_and_p_may_have_any_sum():
     p, tokens, _ = dense_case()
     probs = random(60, 3, 3, seed=3)
     tokens, probs = shuffled(60, 3, 5)[..., :3], probs / probs.sum(-1, keepdim=True)
-    message = "q.probs are of q.tokens, K of V in any order: find the draft there, and p of these tokens"
+    message = "q.probs are of q.tokens, K of the V tokens in any order: look for the draft there, and take p of these"
     grade_reject(message, p, tokens, probs, what=["accepted", "residual"])
     message = "p need not be normalised: it is what siblings tested before have left"
     grade_reject(message, p * 10 * random(60, 3, 1, seed=4), tokens, probs, what=["accepted", "residual", "rest"])
@@ -592,7 +597,7 @@ def test_a_draft_that_was_never_drawn_leaves_q_as_it_is():
     p, tokens, probs = dense_case()
     p = torch.where(random(*p.shape, seed=6) < 0.5, p, 0.0)
     p[0] = 0
-    grade_reject("a draft with p of 0 should not be accepted, and leave q as it is", p, tokens, probs,
+    grade_reject("a draft whose p is 0 should not be accepted, and should leave q as it is", p, tokens, probs,
                  what=["accepted", "residual"])  # fmt: skip
 
 
@@ -641,6 +646,21 @@ def way(drafts: DraftTree, node: int) -> list[int]:
     return ancestors([CACHE_END, *drafts.parents], node)
 
 
+def random_tree(seed: int) -> DraftTree:
+    """Of 1 to 8 drafts, with no more than 4 siblings."""
+    parents, depth, numbers = [], [0], generator(seed)
+    for _ in range(int(torch.randint(1, 9, (), generator=numbers))):
+        fits = [node for node, d in enumerate(depth) if d + 1 >= depth[-1] and parents.count(node) < 4]
+        parents.append(fits[int(torch.randint(len(fits), (), generator=numbers))])
+        depth.append(depth[parents[-1]] + 1)
+    return DraftTree(parents)
+
+
+def trees() -> list[DraftTree]:
+    """Of all kinds."""
+    return [DraftTree(), chain(3), FORKED, *map(random_tree, range(12))]
+
+
 def random_drafts(drafts: DraftTree, n_batch: int, vocab_size: int) -> torch.Tensor:
     """Tokens (B, N); those of siblings differ."""
     return torch.stack([
@@ -650,7 +670,7 @@ def random_drafts(drafts: DraftTree, n_batch: int, vocab_size: int) -> torch.Ten
 
 
 def grade_coupled(drafts: DraftTree) -> None:
-    n_batch, n_nodes = 300, len(drafts.depth)
+    n_batch, n_nodes = 100, len(drafts.depth)
     tokens = random_drafts(drafts, n_batch, 4)
     q = Distribution(shuffled(n_batch, n_nodes, 4, seed=7), torch.full((n_batch, n_nodes, 4), 0.25).double())
     keys = torch.randint(4, (3, n_batch, n_nodes), generator=generator())
@@ -673,7 +693,7 @@ def grade_coupled(drafts: DraftTree) -> None:
 
 @exercise_6(3)
 def test_the_coupled_rule_accepts_what_the_target_draws():
-    for drafts in (DraftTree(), chain(3), FORKED):
+    for drafts in trees():
         grade_coupled(drafts)
 
 
@@ -730,18 +750,19 @@ def slow_accept(
 
 @exercise_6(2)
 def test_the_random_numbers_of_a_test_and_of_a_draw_are_those_of_their_place():
-    for drafts in (chain(3), FORKED):
+    for drafts in trees():
         n_nodes = len(drafts.depth)
-        tokens, keys = random_drafts(drafts, 200, 5), random_keys(3, 200, n_nodes)
-        p, q = (random(200, n_nodes, 5, seed=seed) ** 2 for seed in (1, 2))
+        tokens, keys = random_drafts(drafts, 50, 5), random_keys(3, 50, n_nodes)
+        p, listed = random(50, n_nodes, 5, seed=1) ** 2, shuffled(50, n_nodes, 5, seed=3)[..., :4]
+        q = torch.zeros_like(p).scatter(-1, listed, random(50, n_nodes, 4, seed=2) ** 2)
         p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
-        given = Distribution(torch.arange(5).expand(q.shape), q)
+        given = Distribution(listed, q.gather(-1, listed))
         last, next_token = accept(Shape(drafts).on(CPU), Drafts(tokens, p), given, Sampling(1.0), keys)
-        for b in range(200):
+        for b in range(50):
             expected = slow_accept(drafts, tokens[b].tolist(), p[b], q[b], keys[:, b])
             assert (int(last[b]), int(next_token[b])) == expected, (
-                "a test should use `uniform` of the parent's ACCEPTANCE key and the draft, the draw after a node the "
-                "node's TARGET key: else a seed gives another text each time, or noise serves twice"
+                "the last node or the next token is wrong. Is each test's number `uniform` of the parent's ACCEPTANCE "
+                "key and the draft, and the draw after a node with the node's own TARGET key?"
             )
 
 
