@@ -126,9 +126,9 @@ def cut_by(*steps: dict):
         (cut_by({"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated"}, BYTES), "cuts text by"),
         (
             cut_by({"type": "Split", "pattern": {"Regex": " "}, "behavior": "Removed"}, LATE_BYTES),
-            "has Split, as it is set",
+            "sets Split",
         ),
-        (lambda c: c["model"].update(end_of_word_suffix="</w>"), "has end_of_word_suffix"),
+        (lambda c: c["model"].update(end_of_word_suffix="</w>"), "sets end_of_word_suffix"),
         (cut_by(DIGITS, {"type": "Punctuation"}, BYTES), "only a BPE of bytes"),
         (swap_two_merges, "merges are in another order"),
     ],

@@ -284,7 +284,7 @@ def test_a_corpus_that_changed_is_noticed_when_it_has_to_be_read_again(train, in
     text.write_text(corpus.read_text().replace("times", "by"))
     (tmp_path / "run/train-0.tokens").unlink()
     for _ in range(2):
-        with pytest.raises(InputError, match="--data has another text"):
+        with pytest.raises(InputError, match="the text of --data has changed"):
             train(tmp_path / "run", "--data", text, "--resume")
     assert (tmp_path / "run/last.pt").read_bytes() == before
 

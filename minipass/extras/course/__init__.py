@@ -16,7 +16,7 @@ from pathlib import Path
 from minipass.errors import InputError
 from minipass.extras.course.grading import EXERCISES, placeholder
 from minipass.extras.course.slides import slides
-from minipass.extras.course.submit import submit
+from minipass.extras.course.submit import FILES, functions, submit
 from minipass.extras.course.variant import Variant
 
 COURSE = Path(__file__).parent
@@ -31,7 +31,7 @@ NOT_VARIED = (  # the names themselves, JavaScript
 PYPROJECT = """[tool.pytest.ini_options]
 pythonpath = ["."] # this folder's minipass, not one that is installed
 testpaths = ["tests"]
-addopts = "--tb=short"
+addopts = "--tb=short -rN" # points alone at the end, not the list of what failed
 markers = [
 {markers}]
 """
@@ -93,8 +93,8 @@ def handout(exercises: Iterable[int] = tuple(EXERCISES)) -> dict[str, str]:
     sources = sorted(path for folder in FOLDERS for path in folder.glob("*.py") if path.name != "course.py")
     files = {path.relative_to(PACKAGE.parent).as_posix(): with_gaps(path, exercises) for path in sources}
     files |= scripts()
-    files["tests/conftest.py"] = (COURSE / "grading.py").read_text("utf-8")
-    for file in {file for exercise in EXERCISES.values() for file, _ in exercise.functions}:
+    files["tests/conftest.py"] = (COURSE / "grading.py").read_text("utf-8").replace("minipass.extras.course.", "")
+    for file in FILES:
         files[f"tests/blank/{file}"] = with_gaps(PACKAGE / file, EXERCISES)
     files["submit.py"] = (COURSE / "submit.py").read_text("utf-8")
     files["tests/test_exercises.py"] = (COURSE / "test_exercises.py").read_text("utf-8")
@@ -119,17 +119,6 @@ def with_gaps(path: Path, exercises: Iterable[int]) -> str:
         begin = first.end_lineno if has_docstring else first.lineno - 1  # all after a docstring goes, comments too
         lines[begin : node.end_lineno] = [f"{' ' * first.col_offset}{statement}\n"]
     return "".join(lines)
-
-
-def functions(tree: ast.AST, prefix: str = "") -> dict[str, ast.FunctionDef]:
-    """The functions of a module and the methods of its classes, by qualified name."""
-    found = {}
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef):
-            found[prefix + node.name] = node
-        elif isinstance(node, ast.ClassDef):
-            found |= functions(node, f"{prefix}{node.name}.")
-    return found
 
 
 def main() -> None:

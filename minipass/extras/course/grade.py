@@ -29,21 +29,14 @@ import torch
 from tqdm import tqdm
 
 from minipass.errors import InputError
-from minipass.extras.course import PACKAGE, functions
+from minipass.extras.course import PACKAGE
 from minipass.extras.course.grading import EXERCISES
+from minipass.extras.course.submit import Refused, taken
 
 MOST_SECONDS = 300  # for an exercise of the real package
 SLOWER, MORE_SECONDS = 10, 5  # a submission may take so many times as long as that, and so much longer
 LARGEST_FILE = 10**6  # bytes
 FILES = sorted({file for exercise in EXERCISES.values() for file, _ in exercise.functions})
-MODULES = "torch torch.nn torch.nn.functional numpy math itertools functools collections collections.abc typing".split()
-NO_NAMES = "eval exec compile open globals locals vars getattr setattr delattr input breakpoint exit quit".split()
-NO_ATTRIBUTES = "sys os builtins gc inspect importlib ctypes library overrides testing load save hub".split()
-SET_ATTRIBUTES = "length", "pairs", "masks"  # what an exercise may set
-
-
-class Refused(Exception):
-    """Why a submission's code cannot be graded, for the student."""
 
 
 class Job(NamedTuple):
@@ -132,86 +125,14 @@ def install(number: int, files: dict[str, str | Refused]) -> None:
         module, given = import_module(f"minipass.{file.removesuffix('.py')}"), files.get(file)
         if not isinstance(given, str):
             raise given or Refused(f"minipass/{file} was not handed in")
-        try:
-            tree = ast.parse(given)
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            line = getattr(error, "lineno", None)
-            raise Refused(f"{file}{f', line {line}' if line else ''}: {getattr(error, 'msg', error)}") from error
-        found, helpers = functions(tree), new_names(tree, vars(module))
-        missing = [name for name in names if name not in found]
-        if missing:
-            raise Refused(f"{file} has no function {missing[0]}")
-        parts = [found[name] for name in names]
-        for part in parts:  # grows by the helpers that are named in it
-            check(part, file)
-            mentioned = {node.id for node in ast.walk(part) if isinstance(node, ast.Name)}
-            parts += [node for name, node in helpers.items() if name in mentioned and node not in parts]
-        for node in helpers.values():
-            if node in parts:
-                exec(compile(ast.Module([node], []), file, "exec"), vars(module))
-        for name in names:
-            made = {}
-            exec(compile(ast.Module([bare(found[name])], []), file, "exec"), vars(module), made)
-            code = made[name.rpartition(".")[2]].__code__
-            attrgetter(name)(module).__code__ = code  # wherever it was imported to
-
-
-def new_names(tree: ast.Module, known: dict) -> dict[str, ast.stmt]:
-    """Helpers and imports beside the exercises: the statements that define names which the package does not have."""
-    found = {}
-    for node in tree.body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            for each in node.names:
-                one = ast.copy_location(ast.Import([each]), node)
-                if isinstance(node, ast.ImportFrom):
-                    one = ast.copy_location(ast.ImportFrom(node.module, [each], node.level), node)
-                found[(each.asname or each.name).split(".")[0]] = one
-        elif isinstance(node, ast.FunctionDef):
-            found[node.name] = bare(node, keep_defaults=True)
-        elif isinstance(node, ast.ClassDef):
-            found[node.name] = node
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {each.id: node for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
-    return {name: node for name, node in found.items() if name not in known}
-
-
-def bare(node: ast.FunctionDef, keep_defaults: bool = False) -> ast.FunctionDef:
-    """The function without what runs where it is defined: decorators, annotations, defaults (the package's stay)."""
-    node.decorator_list, node.returns = [], None
-    arguments = node.args
-    for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
-        if each is not None:
-            each.annotation = None
-    if not keep_defaults:
-        arguments.defaults, arguments.kw_defaults = [], [None] * len(arguments.kwonlyargs)
-    return node
-
-
-def check(node: ast.stmt, file: str) -> None:
-    """Raises Refused where the code reaches for more than an exercise needs."""
-    for part in ast.walk(node):
-        what = None
-        if isinstance(part, ast.Import | ast.ImportFrom):
-            modules = [part.module or ""] if isinstance(part, ast.ImportFrom) else [each.name for each in part.names]
-            ours = [f"minipass.{file.removesuffix('.py')}" for file in FILES]
-            allowed = all(name in (*MODULES, *ours) for name in modules)
-            if not allowed or any(each.name in ("*", *NO_ATTRIBUTES) for each in part.names):
-                what = ast.unparse(part)
-        elif isinstance(part, ast.Name) and (part.id in NO_NAMES or part.id.startswith("__")):
-            what = part.id
-        elif isinstance(part, ast.Attribute):
-            hidden = part.attr.startswith("_") and part.attr not in ("_replace", "_asdict")
-            if hidden or part.attr in NO_ATTRIBUTES:
-                what = ast.unparse(part)
-            elif not isinstance(part.ctx, ast.Load) and part.attr not in SET_ATTRIBUTES:
-                what = f"to set {ast.unparse(part)}"
-        elif isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value.startswith("__"):
-            what = repr(part.value)
-        elif isinstance(part, ast.ClassDef | ast.Global):
-            what = "class" if isinstance(part, ast.ClassDef) else "global"
-        if what:
-            raise Refused(f"{file}, line {part.lineno}: the graders do not allow {what!r} in an exercise")
+        for name, node in taken(file, names, given, (PACKAGE / file).read_text("utf-8")).items():
+            owner, _, last = name.rpartition(".")
+            made = vars(module) if name not in names and not owner else {}
+            exec(compile(ast.Module([node], []), file, "exec"), vars(module), made)
+            if name in names:
+                attrgetter(name)(module).__code__ = made[last].__code__  # wherever it was imported to
+            elif owner and not hasattr(getattr(module, owner), last):
+                setattr(getattr(module, owner), last, *made.values())
 
 
 # Grading.

@@ -1,6 +1,7 @@
 """The exercises of the course, and the pytest hooks that grade them. In a handout this file is tests/conftest.py.
 
-A file with a syntax error is replaced by tests/blank, as it was handed out: it costs its own exercises alone.
+A file with a syntax error is replaced by tests/blank, as it was handed out: it costs its own exercises alone. So does
+code that a teacher's graders would refuse.
 A grader carries the mark of its exercise with its points, `@pytest.mark.exercise_4(2)`. It is skipped while an
 exercise that it needs is still to be written, so that no one looks for a mistake where there is none.
 """
@@ -13,6 +14,8 @@ from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+from minipass.extras.course.submit import FILES, Refused, parse, taken
 
 SECONDS = 60  # for one grader; the slowest takes a few
 
@@ -41,6 +44,7 @@ EXERCISES = {
 }
 PACKAGE = Path(__file__).parents[1] / "minipass"  # of the handout
 broken: dict[str, str] = {}  # files with a syntax error, and where
+refused: dict[int, str] = {}  # exercises that would get no points, and why
 stuck: set[str] = set()  # exercises of which a grader took too long
 
 
@@ -72,12 +76,18 @@ class Blanks:
 
 
 def pytest_configure() -> None:
-    for file in {file for exercise in EXERCISES.values() for file, _ in exercise.functions}:
+    texts = {file: (PACKAGE / file).read_bytes() for file in FILES}
+    for file, text in texts.items():
         try:
-            ast.parse((PACKAGE / file).read_text("utf-8"))
-        except (SyntaxError, ValueError) as error:
-            line = getattr(error, "lineno", None)
-            broken[file] = f"{file}{f', line {line}' if line else ''}: {getattr(error, 'msg', error)}"
+            parse(file, text)
+        except Refused as error:
+            broken[file] = str(error)
+    for number, exercise in EXERCISES.items():
+        for file, name in exercise.functions:
+            try:
+                taken(file, [name], texts[file], (Path(__file__).parent / "blank" / file).read_text("utf-8"))
+            except Refused as error:
+                refused[number] = str(error)
     sys.meta_path.insert(0, Blanks)
 
 
@@ -91,14 +101,13 @@ def pytest_runtest_setup(item) -> None:
     import pytest  # here, since writing a handout needs none
 
     for mark, _ in item.user_properties:
-        for file, _ in EXERCISES[_number(mark)].functions:
-            if file in broken:
-                pytest.fail(broken[file], pytrace=False)
+        if _number(mark) in refused:
+            pytest.fail(refused[_number(mark)], pytrace=False)
         if mark in stuck:
             pytest.fail("not run, since another grader of this exercise took too long", pytrace=False)
         missing = [number for number in EXERCISES[_number(mark)].needs if to_be_written(number)]
         if missing:
-            pytest.skip("needs exercise " + ", ".join(map(str, missing)))
+            pytest.skip(f"needs exercise {_list(missing)}")
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, lambda *_: _too_long({mark for mark, _ in item.user_properties}))
         signal.alarm(SECONDS)
@@ -122,7 +131,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
                 elif outcome in ("failed", "error"):
                     crash = getattr(report.longrepr, "reprcrash", None)  # None: pytest itself broke
                     reason = (crash.message if crash else str(report.longrepr)).splitlines()[0].removeprefix("Failed: ")
-                    unwritten = reason.startswith("NotImplementedError: Exercise ") or reason in broken.values()
+                    unwritten = reason.startswith("NotImplementedError: Exercise ") or reason in refused.values()
                     notes[mark].append(reason if unwritten else f"-{points}: {reason.removeprefix('AssertionError: ')}")
     for mark in sorted(gained.keys() | notes.keys(), key=_number):
         exercise = EXERCISES[_number(mark)]
@@ -130,10 +139,17 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.line(f"{gained[mark]} of {exercise.points} points")
         for note in dict.fromkeys(notes[mark]):  # what is yet to be written or needed is said once
             terminalreporter.line(f"  {note}")
-        doubtful = [n for n in exercise.needs if gained.get(f"exercise_{n}", 0) < EXERCISES[n].points]
-        if doubtful and any(note.startswith("-") for note in notes[mark]):
-            numbers = ", ".join(map(str, doubtful))
-            terminalreporter.line(f"  It needs exercise {numbers}, not seen to be right in this run: look there first")
+        if any(note.startswith("-") for note in notes[mark]):
+            wrong = [n for n in exercise.needs if notes.get(f"exercise_{n}")]
+            unseen = [n for n in exercise.needs if gained.get(f"exercise_{n}", 0) < EXERCISES[n].points if n not in wrong]
+            if wrong:
+                terminalreporter.line(f"  It needs exercise {_list(wrong)}, which lost points too: look there first")
+            if unseen:
+                terminalreporter.line(f"  It needs exercise {_list(unseen)}, not all graded in this run: `python -m pytest` does")
+
+
+def _list(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _number(mark: str) -> int:
