@@ -39,7 +39,7 @@ def tree(parents: Sequence[int] | np.ndarray, lookahead: Sequence[int] | np.ndar
 
     parents: (R,) or (B, R) integers, a list, range or array; parents[r] is a row before r, or CACHE_END.
     lookahead: (Q,) integers, which look-ahead token each of the last Q rows is, counted from 0; Q may be 0.
-    Raises ValueError when a parent does not come before its row.
+    Raises ValueError for a parent that is neither an earlier row nor CACHE_END.
     """
     parents = np.atleast_2d(np.asarray(parents, dtype=np.int64))  # (B, R)
     n_batch, n_rows = parents.shape

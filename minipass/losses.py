@@ -91,7 +91,7 @@ def rows_after_cuts(per_row: torch.Tensor, cuts: np.ndarray, n_lookahead: int) -
 def lookahead_loss(
     kind: str, draft_logits: torch.Tensor, text_logits: torch.Tensor, targets: torch.Tensor, cuts: np.ndarray
 ) -> torch.Tensor:
-    """Mean look-ahead loss by position, (L,). Raises ValueError for an unknown kind.
+    """Mean look-ahead loss by position, (L,), computed in float32. Raises ValueError for an unknown kind.
 
     draft_logits: (B, G, L, V). text_logits: (B, T, V), which give the target distributions; detached here. targets:
     (B, T) int64, the token after each text row. kind: `ce`, cross entropy with the text (the paper's); `kl`, KL(q || p)

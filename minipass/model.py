@@ -118,8 +118,8 @@ class KVCache:
         return self.length[:, None] + torch.arange(n_rows, device=self.length.device)
 
     def mask(self, layout: Layout) -> torch.Tensor:
-        """What a pass adds to its attention scores: (B, R, max_len), 0 where a row sees a slot, else -inf. All texts
-        share the layout.
+        """What a pass adds to its attention scores: (B, R, max_len) in the dtype of `pairs`, 0 where a row sees a slot,
+        else -inf. All texts share the layout.
 
         A row sees all slots before `length`, of the pass's R rows those that the layout says, and nothing after them.
         Such rows [seen .. | visible | hidden ..] are made once for each layout; a text's mask is a window of them.

@@ -54,8 +54,8 @@ class Distribution(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: first the temperature, then the top_k likeliest tokens, then the fewest of these
-    whose probabilities reach top_p. Temperature 0 is greedy. Raises InputError for a value out of bounds."""
+    """How a token is chosen: first the temperature, then the top_k likeliest tokens, then of these, renormalised,
+    the fewest whose probabilities reach top_p. Temperature 0 is greedy. Raises InputError for a value out of bounds."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -71,6 +71,7 @@ class Sampling:
 
     def distribution(self, logits: torch.Tensor, n: int = 1) -> Distribution:
         """Logits (..., V) to a distribution over K tokens: top_k of them (but at least n), likeliest first, or all V.
+        At temperature 0 the n likeliest, the first of them with probability 1.
 
         n: how many different tokens are to be drawn; more than 1 for drafts only, which may come from any distribution.
         """
@@ -97,7 +98,9 @@ class Sampling:
     def draw(self, given: Distribution, key: torch.Tensor, n: int | None = None) -> torch.Tensor:
         """One token (...) for each distribution, or n different ones (..., n), as if drawn without replacement.
 
-        Probabilities need not be normalised. key (...): of the noise, see `uniform`.
+        The largest probs / e wins, with e = -log(u), u each token's `uniform`; n tokens come in the order of the race.
+        Probabilities need not be normalised. key (...): of the noise. At temperature 0 the first n tokens come, which
+        are the likeliest, and key is not read.
         """
         if self.temperature == 0:
             return given.tokens[..., 0] if n is None else given.tokens[..., :n]

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import tokenize
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -296,7 +297,8 @@ def test_an_endless_loop_costs_points_of_its_exercise_and_those_that_need_it_say
     plant(tmp_path / "tests" / "conftest.py", "SECONDS = 60", "SECONDS = 1")
     _, out = grade(tmp_path, "-k", "test_the_greedy_rule or test_n_tokens or test_a_parent_must")
     assert out.count("-1: no result after 1 seconds: is there an endless loop?") == 2
-    assert "It needs exercise 2, 4, 5, not seen to be right in this run: look there first" in out
+    assert "It needs exercise 4, where points are lost, too: look there first" in out
+    assert "It needs exercise 2, 5, not graded in this run: `python -m pytest` grades all" in out
 
 
 def test_a_syntax_error_costs_the_exercises_of_its_file_alone(tmp_path):
@@ -311,6 +313,18 @@ def test_a_syntax_error_costs_the_exercises_of_its_file_alone(tmp_path):
     assert out.count("  sampling.py, line") == 1, "said once, in its exercise"
     for grader in graders_of(6):
         assert results[grader.__name__] == "skipped: needs exercise 4, 5"
+
+
+def test_code_that_a_teachers_graders_refuse_gets_no_points_from_a_students_own(tmp_path):
+    write_code(tmp_path)
+    fill_in(tmp_path, but=())
+    path, right = tmp_path / "minipass" / "sampling.py", "    total = residual"
+    plant(path, right, f"    print(open('notes'))\n{right}")
+    _, out = grade(tmp_path, "-m", "exercise_2 or exercise_5")
+    line = path.read_text("utf-8").split("    print(")[0].count("\n") + 1
+    assert "10 of 10 points\n" in out and "0 of 10 points\n" in out
+    assert out.count(f"  sampling.py, line {line}: the graders do not allow 'open' in an exercise") == 1
+    assert "FAILED" not in out, "the points are the last that is said"
 
 
 def test_a_placeholder_that_is_left_as_a_comment_is_none(tmp_path):
@@ -411,6 +425,8 @@ MISTAKES = {
     "numbers do not begin again": (
         2, with_groups, "np.concatenate([np.arange(0), *map(np.arange, lengths)])", "np.arange(lengths.sum())",
     ),
+    "mask in float32": (3, KVCache.mask, "dtype=self.pairs.dtype", "dtype=torch.float32"),
+    "values clamped": (3, KVCache.store, "pairs.nan_to_num(0, 0, 0)", "pairs.nan_to_num(0, 0, 0).clamp(-1e4, 1e4)"),
     "garbage seen": (3, KVCache.mask, "(0, self.max_len))", "(0, self.max_len), value=True)"),
     "cache not seen": (3, KVCache.mask, "(self.max_len, 0), value=True", "(self.max_len, 0), value=False"),
     "cache of the first text for all": (3, KVCache.mask, "- self.length)", "- self.length[:1].expand(3))"),
@@ -437,6 +453,9 @@ MISTAKES = {
     "sign kept": (4, uniform, "& 2 ** 53 - 1", "& -1"),
     "can be 0": (4, uniform, "bits | 1", "bits"),
     "can be 1": (4, uniform, "(bits | 1).double()", "(bits.double() + 1)"),
+    "24 bits": (4, uniform, "bits | 1", "bits >> 29 << 29 | 1 << 29"),
+    "a race in float32": (4, Sampling.draw, "given.tokens).log()", "given.tokens).float().log()"),
+    "a race of 1 - u": (4, Sampling.draw, "-uniform(key, given.tokens)", "-(1 - uniform(key, given.tokens))"),
     "lower bits": (4, uniform, ">> 11", ">> 60"),
     "token not hashed": (4, uniform, "mix(key[..., None] + token)", "(mix(key[..., None]) + token)"),
     "key left out": (4, uniform, "key[..., None] + token", "0 * key[..., None] + token"),
@@ -462,6 +481,7 @@ MISTAKES = {
     "the residual of another temperature": (
         5, reject, "(q.probs - p.gather", "(q.probs.sqrt() / q.probs.sqrt().sum(-1, keepdim=True) - p.gather",
     ),
+    "residual not normalised": (5, reject, "residual / total", "residual"),
     "absolute residual": (5, reject, ".clamp(min=0)", ".abs()"),
     "p and q swapped": (5, reject, "u * p_draft < q_draft", "u * q_draft < p_draft"),
     "all drafts accepted": (5, reject, "u * p_draft < q_draft", "u < 2"),
@@ -477,7 +497,9 @@ MISTAKES = {
         "q.probs.gather(-1, draft.clamp(max=q.probs.shape[-1] - 1)[..., None]).squeeze(-1)",
     ),
     "p keeps the draft": (5, reject, "p.scatter(-1, draft[..., None], 0.0)", "p"),
-    "p changed": (5, reject, "p / p.sum(-1, keepdim=True)", "p.div_(p.sum(-1, keepdim=True))"),
+    "p changed": (
+        5, reject, "p / p.sum(-1, keepdim=True).clamp(min=1e-300)", "p.div_(p.sum(-1, keepdim=True).clamp(min=1e-300))",
+    ),
     "coupled: drawn after the node itself": (6, accept, "drawn[:, nodes.parents]", "drawn[:, 1:]"),
     "coupled: drawn after the draft before": (6, accept, "drawn[:, nodes.parents]", "drawn[:, :-1]"),
     "noise of another stream": (6, accept, "keys[TARGET]", "keys[TARGET + 1]"),
@@ -565,6 +587,8 @@ MISTAKES = {
     "ended texts grow": (9, Decoder.turn, "self.active * (1 + n_accepted)", "1 + n_accepted"),
     "noise of the root for all nodes": (9, Decoder.turn, "keys[..., nodes.depth]", "keys[..., nodes.depth * 0]"),
     "copied drafts ignored": (9, Decoder.turn, "keys, copied)", "keys, None)"),
+    "the host is told one more": (9, Decoder.turn, "[n_accepted, last, root]", "[n_accepted + 1, last, root]"),
+    "the host is told the first drafts": (9, Decoder.turn, "rows.gather(1, way[:, 1:])", "rows[:, 1:way.shape[1]]"),
     "new root for the token before it": (9, Decoder.turn, "rows.gather(1, last[:, None])[:, 0]", "root"),
     "two passes": (
         9, Decoder.turn, "states = ",
@@ -588,6 +612,10 @@ MISTAKES = {
     "copies not handed on": (10, fused, "depth), copied)", "depth), None)"),
     "cut itself": (11, rows_after_cuts, "[..., None] + 1 +", "[..., None] +"),
     "KL the wrong way": (11, lookahead_loss, "(log_q.exp() * (log_q - log_p))", "(log_p.exp() * (log_p - log_q))"),
+    "KL with 1e-6 in the logarithm": (
+        11, lookahead_loss, "(log_q - log_p)", "((log_q.exp() + 1e-06) / (log_p.exp() + 1e-06)).log()",
+    ),
+    "drafts detached": (11, lookahead_loss, "draft_logits.float()", "draft_logits.detach().float()"),
     "one mean for all positions": (
         11, lookahead_loss, "squeeze(-1).mean((0, 1))", "squeeze(-1).mean().expand(n_lookahead)",
     ),
@@ -601,8 +629,8 @@ MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_wrong_solution_loses_points_with_a_message_that_helps(mistake, monkeypatch):
+def planted(mistake: str, monkeypatch) -> Iterator[tuple[int, Exception | None]]:
+    """Of each grader of the exercise, while the mistake is there: its points, and what it raised."""
     number, function, right, wrong = MISTAKES[mistake]
     source = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(function))))
     assert right in source, f"{function.__name__} changed: plant this mistake anew"
@@ -610,10 +638,26 @@ def test_a_wrong_solution_loses_points_with_a_message_that_helps(mistake, monkey
     exec(source.replace(right, wrong), scope)
     monkeypatch.setattr(function, "__code__", scope[function.__name__].__code__)  # wherever it was imported to
     for grader in graders_of(number):
+        raised = None
         try:
             grader()
-        except AssertionError:
-            return
-        except (RuntimeError, IndexError, ValueError):  # this alone would not tell a student what is wrong
-            continue
-    raise AssertionError("no grader noticed")
+        except (AssertionError, RuntimeError, IndexError, ValueError) as error:
+            raised = error
+        yield points(grader), raised
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_solution_loses_points_with_a_message_that_helps(mistake, monkeypatch):
+    # An error of PyTorch's alone would not tell a student what is wrong.
+    assert any(isinstance(raised, AssertionError) for _, raised in planted(mistake, monkeypatch)), "no grader noticed"
+
+
+@pytest.mark.parametrize(("mistake", "n_points"), {
+    "mask in float32": 1, "sign kept": 3, "position from 1": 1, "residual not normalised": 2, "p changed": 1,
+    "accepts after a rejection": 3, "next token from q": 4, "q changed": 2, "p used up": 2,
+    "accepted path not contiguous": 3, "the host is told one more": 2, "the host is told the first drafts": 2,
+}.items())  # fmt: skip
+def test_a_slip_costs_few_points(mistake, n_points, monkeypatch):
+    lost = [(n, raised) for n, raised in planted(mistake, monkeypatch) if raised is not None]
+    assert all(isinstance(raised, AssertionError) for _, raised in lost), "each message should help"
+    assert sum(n for n, _ in lost) == n_points

@@ -65,6 +65,17 @@ RIGHT = {
             probs = probs / probs.sum(-1, keepdim=True)
         return Distribution(order, probs)
         """),
+    "greedy over all tokens": (1, "sampling.py", "Sampling.distribution", """
+        values, tokens = logits.double().sort(-1, descending=True)
+        size = logits.shape[-1]
+        if self.temperature == 0:
+            return Distribution(tokens, (torch.arange(size) == 0).double().expand(tokens.shape))
+        size = min(size, max(self.top_k or size, n))
+        probs = ((values[..., :size] - values[..., :1]) / self.temperature).softmax(-1)
+        if self.top_p is not None:
+            probs = probs * (probs.cumsum(-1) - probs < self.top_p)
+        return Distribution(tokens[..., :size], probs / probs.sum(-1, keepdim=True))
+        """),
     "top-p row by row": (1, "sampling.py", "Sampling.distribution", """
         size = logits.shape[-1]
         keep = n if self.temperature == 0 else min(size, max(self.top_k or size, n))
@@ -139,6 +150,13 @@ RIGHT = {
     "uniform by dividing": (4, "sampling.py", "uniform", """
         hashed = mix(mix(key.unsqueeze(-1) + token))
         return (((hashed >> 12) & ((1 << 52) - 1)).to(torch.float64) + 0.5) / (1 << 52)
+        """),
+    "one race at all temperatures": (4, "sampling.py", "Sampling.draw", """
+        time = -uniform(key, given.tokens).log() / given.probs
+        if n is None:
+            return given.tokens.gather(-1, time.argmin(-1, keepdim=True))[..., 0]
+        order = time.argsort(-1) if self.temperature else torch.arange(time.shape[-1]).expand(time.shape)
+        return given.tokens.gather(-1, order[..., :n])
         """),
     "Gumbel noise": (4, "sampling.py", "Sampling.draw", """
         if self.temperature == 0:
@@ -264,6 +282,27 @@ def test_helpers_and_imports_beside_an_exercise_are_taken_and_nothing_else_runs(
     assert not any(outcomes(5, REAL | {"sampling.py": text}))
 
 
+def test_new_methods_are_taken_too_and_nothing_of_others_is_reached_by_their_names():
+    root = "(self.start + self.cache.length)[:, None]"
+    methods = """
+    def _root(self, more=(0, 1)):
+        return self._place[:, None] + more[0]
+
+    @property
+    def _place(self) -> "no one asks":
+        return self.same(self.start) + self.cache.length
+
+    @staticmethod
+    def same(x):
+        return x
+
+"""
+    text = REAL["decode.py"].replace("    def noise(", f"{methods}    def noise(").replace(root, "self._root()")
+    assert not any(outcomes(7, REAL | {"decode.py": text}))
+    text = text.replace("_root", "_C").replace("self._C()", f"{root} + 0 * len(str(torch._C))")
+    assert "AttributeError: module 'torch' has no attribute 'own_C'" in outcomes(7, REAL | {"decode.py": text})
+
+
 # Each mistake once.
 
 
@@ -373,7 +412,10 @@ def test_a_students_zip_is_what_is_graded(tmp_path):
     assert run.stdout.endswith("submission.zip; hand it in\n")
     assert grade.submissions([tmp_path / "handout" / "submission.zip"]) == {"submission": REAL}
     (tmp_path / "handout" / "minipass" / "trees.py").write_text("def (")
-    assert submit(tmp_path / "handout")[0].startswith("trees.py cannot be read")
+    assert submit(tmp_path / "handout")[0].startswith("would get no points: trees.py, line 1: ")
+    refused = planted("layout.py", "    parents = np.atleast_2d", "    self.calls = 1\n    parents = np.atleast_2d")
+    (tmp_path / "handout" / "minipass" / "layout.py").write_text(refused["layout.py"])
+    assert "the graders do not allow 'to set self.calls' in an exercise" in submit(tmp_path / "handout")[0]
     assert sorted(FILES) == grade.FILES
     with pytest.raises(SystemExit, match="run this in the handout's folder"):
         submit(tmp_path)

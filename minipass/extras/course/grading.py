@@ -140,12 +140,15 @@ def pytest_terminal_summary(terminalreporter) -> None:
         for note in dict.fromkeys(notes[mark]):  # what is yet to be written or needed is said once
             terminalreporter.line(f"  {note}")
         if any(note.startswith("-") for note in notes[mark]):
-            wrong = [n for n in exercise.needs if notes.get(f"exercise_{n}")]
-            unseen = [n for n in exercise.needs if gained.get(f"exercise_{n}", 0) < EXERCISES[n].points if n not in wrong]
-            if wrong:
-                terminalreporter.line(f"  It needs exercise {_list(wrong)}, which lost points too: look there first")
-            if unseen:
-                terminalreporter.line(f"  It needs exercise {_list(unseen)}, not all graded in this run: `python -m pytest` does")
+            doubtful = [n for n in exercise.needs if gained.get(f"exercise_{n}", 0) < EXERCISES[n].points]
+            wrong = [n for n in doubtful if notes.get(f"exercise_{n}")]
+            unseen = [n for n in doubtful if n not in wrong]
+            for needed, what in (
+                (wrong, "where points are lost, too: look there first"),
+                (unseen, "not graded in this run: `python -m pytest` grades all"),
+            ):
+                if needed:
+                    terminalreporter.line(f"  It needs exercise {_list(needed)}, {what}")
 
 
 def _list(numbers: list[int]) -> str:

@@ -52,7 +52,7 @@ def taken(file: str, names: list[str], text: str | bytes, package: str) -> dict[
         if name not in known and name.rpartition(".")[0] in ("", *known)
     }
     for part in ast.walk(tree):
-        if isinstance(part, ast.Attribute) and any(name.endswith(f".own{part.attr}") for name in own):
+        if isinstance(part, ast.Attribute) and part.attr[0] == "_" and any(n.endswith(f".own{part.attr}") for n in own):
             part.attr = f"own{part.attr}"
     found = functions(tree)
     missing = [name for name in names if name not in found]
@@ -64,7 +64,8 @@ def taken(file: str, names: list[str], text: str | bytes, package: str) -> dict[
         check(node, file)
         named = {getattr(part, "id", getattr(part, "attr", None)) for part in ast.walk(node)}
         wanted += [each for name, each in own.items() if name.rpartition(".")[2] in named and each not in wanted]
-    return {name: node for name, node in own.items() if node in wanted} | parts
+    in_order = sorted(own.items(), key=lambda each: each[1].lineno)
+    return {name: node for name, node in in_order if node in wanted} | parts
 
 
 def parse(file: str, text: str | bytes) -> ast.Module:

@@ -6,6 +6,8 @@ Texts, models and noise come from SEED, which a teacher's grading changes: answe
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain as in_turn
@@ -16,7 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from minipass.decode import Decoder, Engine, Method, TwoPass, fused
+from minipass import layout as layouts
+from minipass import sampling as noise
+from minipass.decode import Decoder, Engine, Method, Result, TwoPass, fused
 from minipass.layout import CACHE_END, Layout, tree, with_groups
 from minipass.losses import TV_SCALE, lookahead_loss, rows_after_cuts, training_pass
 from minipass.model import GPT, DraftHead, GPTConfig, KVCache
@@ -134,8 +138,8 @@ def test_temperature_0_is_greedy():
     assert probs[0].tolist() == [0, 1, 0, 0], "at temperature 0 the most likely token should have probability 1"
     assert sorted(probs[1].tolist()) == [0, 0, 0, 1], "at temperature 0 a tie should go to one token, not be shared"
     three = Sampling(0.0).distribution(logits, 3)
-    assert three.tokens[0].tolist() == [1, 2, 0], "at temperature 0, n: the n likeliest tokens, the likeliest first"
-    assert three.probs.tolist() == [[1, 0, 0]] * 2, "at temperature 0 all but the first of n tokens have probability 0"
+    assert three.tokens[0, :3].tolist() == [1, 2, 0], "at temperature 0, n: the n likeliest tokens, the likeliest first"
+    assert three.probs[:, :3].tolist() == [[1, 0, 0]] * 2, "at temperature 0 all but the first token have probability 0"
 
 
 @exercise_1(1)
@@ -221,6 +225,19 @@ def causal(n_rows: int, n_lookahead: int = 0) -> Layout:
     return slow_layout(range(-1, n_rows + n_lookahead - 1), range(n_lookahead))
 
 
+@contextmanager
+def right_layouts() -> Iterator[None]:
+    """`with_groups` is graded with a `tree` that is right."""
+
+    def tree(parents: Sequence[int] | np.ndarray, lookahead: Sequence[int] | np.ndarray = ()) -> Layout:
+        each = [slow_layout(rows, np.asarray(lookahead).tolist()) for rows in np.atleast_2d(parents).tolist()]
+        visible, depth, (numbers, *_) = zip(*((one.visible, one.depth, one.lookahead) for one in each), strict=True)
+        return Layout(torch.cat(visible), torch.cat(depth), numbers)
+
+    with patch.object(layouts, "tree", tree):
+        yield
+
+
 def with_hanging(parents: Sequence[int], anchors: Sequence[int], lengths: Sequence[int]) -> list[int]:
     """Parents of the real rows, and of the groups that hang from the anchors."""
     rows = list(parents)
@@ -270,7 +287,7 @@ def test_each_text_has_its_own_tree():
     parents = [[-1, 0, 1, 2], [-1, 0, 0, -1]]
     both = tree(parents)
     for b in range(2):
-        alone = slow_layout(parents[b])
+        alone = tree(parents[b])
         same = torch.equal(both.visible[b], alone.visible[0]) and torch.equal(both.depth[b], alone.depth[0])
         assert same, "parents (B, R) should give each text the tree that it has alone"
 
@@ -282,10 +299,13 @@ def test_a_parent_must_come_before_its_row():
             tree(np.array(parents))
         except ValueError:
             continue
+        except IndexError:
+            pass
         raise AssertionError(f"parents {parents}: a parent that is no earlier row should be a ValueError")
 
 
 @exercise_2(2)
+@right_layouts()
 def test_a_group_sees_what_its_anchor_sees_and_itself():
     for parents, n in ((range(-1, 3), 2), ([-1, 0, 0, 1, 1, 2], 2), ([-1], 3)):
         layout = with_groups(parents, range(len(parents)), n)
@@ -304,6 +324,7 @@ def test_a_group_sees_what_its_anchor_sees_and_itself():
 
 
 @exercise_2(1)
+@right_layouts()
 def test_groups_may_have_different_lengths_or_none():
     cases = [([-1, 0, 0, 2], range(4), each) for each in ([3, 0, 1, 2], [0, 2, 0, 0], np.zeros(4, dtype=np.int64))]
     for seed in range(25):
@@ -323,6 +344,7 @@ def test_groups_may_have_different_lengths_or_none():
 
 
 @exercise_2(1)
+@right_layouts()
 def test_each_text_has_its_own_anchors():
     anchors = np.array([[0, 3], [2, 2]])
     both = with_groups(range(-1, 3), anchors, 2)
@@ -337,7 +359,7 @@ def test_each_text_has_its_own_anchors():
 
 def ragged_cache() -> KVCache:
     """Of three texts, 9 slots, what is in it are random numbers."""
-    cache = KVCache(GPTConfig(5, 16, 2, 2, 8, 0), batch_size=3, max_len=9)
+    cache = KVCache(GPTConfig(5, 16, 2, 2, 8, 0), batch_size=3, max_len=9, dtype=torch.float64)
     cache.pairs.copy_(random(*cache.pairs.shape))
     cache.length.copy_(torch.tensor([4, 0, 2]))
     return cache
@@ -377,7 +399,7 @@ def test_rows_see_each_other_as_the_layout_says_and_nothing_after_them():
 @exercise_3(2)
 def test_keys_and_values_go_into_their_slots_and_nowhere_else():
     cache = ragged_cache()
-    pairs = random(3, 3, 2, 2, 4, seed=1).float()  # (B, R, 2, n_head, head_dim)
+    pairs = 1e6 * random(3, 3, 2, 2, 4, seed=1)  # (B, R, 2, n_head, head_dim)
     expected = cache.pairs.clone()
     for b, length in enumerate(cache.length.tolist()):
         expected[1, b, length : length + 3] = pairs[b]
@@ -407,14 +429,14 @@ def test_gathered_rows_come_to_the_front_of_the_pass():
 @exercise_3(1)
 @torch.no_grad()
 def test_rolling_back_is_setting_the_length():
-    model = tiny_model()
-    cache = KVCache(model.config, 1, 20, dtype=torch.float64)
+    model = deepcopy(tiny_model()).float()
+    cache = KVCache(model.config, 1, 20)
     cache.pairs.fill_(1e3)
     for rows, n_kept in (([1, 2, 3, 4], 2), ([5, 6, 0, 1, 2], 1), ([3], 1)):
         logits = model(torch.tensor([rows]), causal(len(rows)), cache)
         cache.length += n_kept
     expected = model(torch.tensor([[1, 2, 5, 3]]))[:, -1:]
-    assert close(logits, expected), "rows dropped by setting `length` still change what later passes compute"
+    assert close(logits, expected, 1e-3), "rows dropped by setting `length` still change what later passes compute"
 
 
 # 4. Noise and the race
@@ -438,16 +460,16 @@ def test_random_numbers_are_uniform_and_depend_on_key_and_token_alone():
     keys, tokens = random_keys(N), torch.tensor([0, 1, 2, 1000])
     u = uniform(keys, tokens.expand(N, 4))
     flat = torch.full((16,), 1 / 16, dtype=torch.float64)
-    cells = (u * 4).long()
+    cells = (u * 4).long().clamp(0, 3)
     for i in range(4):
-        counts = torch.bincount((u[:, i] * 16).long(), minlength=16)
+        counts = torch.bincount((u[:, i] * 16).long().clamp(0, 15), minlength=16)
         assert like(counts, flat), "numbers should be uniform: do they use the upper bits of the hash?"
         both = torch.bincount(cells[:, i] * 4 + cells[:, (i + 1) % 4], minlength=16)
         assert like(both, flat), "the numbers of two tokens should be independent: hash key and token together"
         along = torch.bincount(cells[:-1, i] * 4 + cells[1:, i], minlength=16)
         assert like(along, flat), "the numbers of two keys should be independent: hash key and token together"
-    fine = (uniform(keys[:1], torch.arange(4096)[None]) * 2**30).long()
-    assert fine.unique().numel() > 4090, "all tokens should have numbers of their own, close ones too"
+    fine = (uniform(keys[:1], torch.arange(4096)[None]) * 2.0**48).long() % 2**24
+    assert fine.unique().numel() > 4090, "all tokens should have numbers of their own, close ones too, of all 53 bits"
     alone = uniform(keys[7:9].flip(0), tokens.flip(0).expand(2, 4))
     assert torch.equal(alone, u[7:9].flip(0, 1)), "a number should depend on its own key and token, on nothing else"
 
@@ -457,7 +479,19 @@ def spread(probs: list[float], tokens: list[int], n: int = N) -> Distribution:
     return Distribution(torch.tensor(tokens).expand(n, -1), torch.tensor(probs, dtype=torch.float64).expand(n, -1))
 
 
+@contextmanager
+def right_noise() -> Iterator[None]:
+    """`Sampling.draw` is graded with a `uniform` that is right."""
+
+    def uniform(key: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        return ((mix(key[..., None] + token) >> 11) % 2**53 | 1).double() * 2.0**-53
+
+    with patch.object(noise, "uniform", uniform):
+        yield
+
+
 @exercise_4(2)
+@right_noise()
 def test_a_token_is_drawn_with_its_probability():
     probs, tokens = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2], dtype=torch.float64), [3, 0, 4, 2, 1]
     for scale in (1.0, 0.01, 20.0):
@@ -473,10 +507,10 @@ def test_a_token_is_drawn_with_its_probability():
         assert alone == drawn[row], (
             "a draw should depend on its own key alone: not on its place in the batch, and not on the calls before"
         )
-    likeliest = Sampling(0.0).draw(spread([1.0, 0.0], [3, 1], 2), None)
+    likeliest = Sampling(0.0).draw(spread([1.0, 0.0], [3, 1], 2), keys[:2])
     assert likeliest.tolist() == [3, 3], "at temperature 0 the first token should come, without noise"
-    two = Sampling(0.0).draw(spread([1.0, 0.0, 0.0], [3, 1, 2], 1), None, 2)
-    assert two.tolist() == [[3, 1]], "at temperature 0 the first n tokens should come, without noise"
+    two = Sampling(0.0).draw(spread([1.0, 0.0, 0.0], [3, 1, 2], 60), keys, 2)
+    assert two.tolist() == [[3, 1]] * 60, "at temperature 0 the first n tokens should come, without noise"
 
 
 def agreement(p: Sequence[float], q: Sequence[float]) -> float:
@@ -486,6 +520,7 @@ def agreement(p: Sequence[float], q: Sequence[float]) -> float:
 
 
 @exercise_4(2)
+@right_noise()
 def test_the_same_noise_makes_similar_distributions_draw_the_same_token():
     p, q, keys = [0.5, 0.3, 0.1, 0.1], [0.3, 0.35, 0.3, 0.05], random_keys(N)
     first = Sampling(1.0).draw(spread(p, [0, 1, 2, 3]), keys)
@@ -497,9 +532,20 @@ def test_the_same_noise_makes_similar_distributions_draw_the_same_token():
     counts = torch.bincount((first == other).long(), minlength=2)
     expected = torch.tensor([1 - agree, agree], dtype=torch.float64)
     assert like(counts, expected), "in a race with one noise, p and q should draw the same token as often as can be"
+    probs, left = random(60, 4) + 0.1, (shuffled(60, 4) + 1).double() * 2.0**-40  # 1 - u, which float32 would make 0
+
+    def uniform(key: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        return 1 - left.gather(-1, token)
+
+    with patch.object(noise, "uniform", uniform):
+        drawn = Sampling(1.0).draw(Distribution(shuffled(60, 4, seed=1), probs), keys[:60])
+    order = shuffled(60, 4, seed=1)
+    expected = order.gather(-1, (probs / left.gather(-1, order)).argmax(-1, keepdim=True))[:, 0]
+    assert torch.equal(drawn, expected), "the largest probs / e should win, e = -log(u) in float64, u the token's own"
 
 
 @exercise_4(1)
+@right_noise()
 def test_n_tokens_are_drawn_without_replacement():
     probs, tokens, keys = [0.45, 0.3, 0.0, 0.25], [2, 0, 3, 1], random_keys(N)
     for n in (2, 3):
@@ -532,27 +578,35 @@ def slow_reject(draft: int, p: torch.Tensor, q: torch.Tensor) -> tuple[float, to
     return min(1.0, float(q[draft] / p[draft])), residual / residual.sum() if residual.sum() > 0 else q
 
 
-def grade_reject(message: str, p: torch.Tensor, tokens: torch.Tensor, probs: torch.Tensor, what: Sequence[str]) -> None:
+def grade_reject(message: str, p: torch.Tensor, tokens: torch.Tensor, probs: torch.Tensor, what: str) -> None:
     """One call for drafts of all kinds, against one test after the other. p (B, n, V), tokens and probs (B, n, K)."""
     n_batch, n, vocab_size = p.shape
-    drafts = torch.randint(vocab_size, (n_batch, n), generator=generator())
-    u, q = random(n_batch, n, seed=5), Distribution(tokens, probs)
-    given = p.clone(), probs.clone()
-    accepted, residual, rest = reject(drafts, p, q, u)
-    assert torch.equal(p, given[0]) and torch.equal(probs, given[1]), "p and q, as they were given, should not change"
+    drafts, u = some_drafts(p), random(n_batch, n, seed=5)
+    accepted, residual, rest = reject(drafts, p.clone(), Distribution(tokens, probs.clone()), u)
     assert accepted.shape == (n_batch, n) and residual.shape == probs.shape and rest.shape == p.shape, (
         "reject should return (B, n), (B, n, K) and (B, n, V)"
     )
     for b, i in product(range(n_batch), range(n)):
-        probability, left = slow_reject(drafts[b, i], p[b, i], q.dense(vocab_size)[b, i])
-        if "accepted" in what:
+        probability, left = slow_reject(drafts[b, i], p[b, i], Distribution(tokens, probs).dense(vocab_size)[b, i])
+        if what == "accepted":
             assert accepted[b, i] == (u[b, i] < probability), message
-        if "residual" in what:
+        if what == "residual":
             assert close(residual[b, i], left[tokens[b, i]], 1e-9), message
-        if "rest" in what:
+        if what == "rest":
             expected = p[b, i].clone()
             expected[drafts[b, i]] = 0
             assert close(rest[b, i] / rest[b, i].sum(), expected / expected.sum(), 1e-9), message
+
+
+def some_drafts(p: torch.Tensor) -> torch.Tensor:
+    """Drafts (B, n) for p (B, n, V), whatever their p."""
+    return torch.randint(p.shape[-1], p.shape[:-1], generator=generator())
+
+
+def same_tests(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> bool:
+    """Whether two calls of `reject` accept the same, and leave the same of p and q."""
+    left = [each / each.sum(-1, keepdim=True) for each in (*one[1:], *other[1:])]
+    return torch.equal(one[0], other[0]) and close(left[0], left[2], 1e-9) and close(left[1], left[3], 1e-9)
 
 
 def dense_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -564,7 +618,7 @@ def dense_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @exercise_5(2)
 def test_a_draft_is_accepted_with_the_ratio_of_its_probabilities():
     message = "a draft d should be accepted where u < min(1, q(d) / p(d)), each with its own u, p and q"
-    grade_reject(message, *dense_case(), what=["accepted"])
+    grade_reject(message, *dense_case(), what="accepted")
     p = torch.tensor([[[0.5, 0.25, 0.25]]], dtype=torch.float64)
     q, largest = Distribution(torch.arange(3)[None, None], p), torch.full((1, 1), 1 - 2.0**-53, dtype=torch.float64)
     assert reject(torch.tensor([[1]]), p, q, largest)[0].all(), "where p = q all drafts should be accepted"
@@ -573,39 +627,51 @@ def test_a_draft_is_accepted_with_the_ratio_of_its_probabilities():
 @exercise_5(2)
 def test_what_is_left_of_q_is_the_residual():
     message = "the residual should be normalize(max(0, q - p)), at each place its own"
-    grade_reject(message, *dense_case(), what=["residual"])
+    grade_reject(message, *dense_case(), what="residual")
 
 
 @exercise_5(1)
 def test_what_is_left_of_p_is_p_without_the_draft():
-    grade_reject("the third result should be p with a 0 in place of the draft", *dense_case(), what=["rest"])
+    grade_reject("the third result should be p with a 0 in place of the draft", *dense_case(), what="rest")
+    p, tokens, probs = dense_case()
+    p = 3 * p
+    given = p.clone(), probs.clone()
+    reject(some_drafts(p), p, Distribution(tokens, probs), random(60, 3))
+    assert torch.equal(p, given[0]) and torch.equal(probs, given[1]), "p and q, as they were given, should not change"
 
 
 @exercise_5(2)
 def test_q_may_list_its_tokens_in_any_order_and_p_may_have_any_sum():
     p, tokens, _ = dense_case()
-    probs = random(60, 3, 3, seed=3)
-    tokens, probs = shuffled(60, 3, 5)[..., :3], probs / probs.sum(-1, keepdim=True)
-    message = "q.probs are of q.tokens, K of the V tokens in any order: look for the draft there, and take p of these"
-    grade_reject(message, p, tokens, probs, what=["accepted", "residual"])
-    message = "p need not be normalised: it is what siblings tested before have left"
-    grade_reject(message, p * 10 * random(60, 3, 1, seed=4), tokens, probs, what=["accepted", "residual", "rest"])
+    drafts, u, probs = some_drafts(p), random(60, 3, seed=5), random(60, 3, 3, seed=3)
+    q = Distribution(shuffled(60, 3, 5)[..., :3], probs / probs.sum(-1, keepdim=True))
+    accepted, residual, rest = reject(drafts, p.clone(), Distribution(tokens, q.dense(5)), u)
+    assert same_tests(reject(drafts, p.clone(), q, u), (accepted, residual.gather(-1, q.tokens), rest)), (
+        "q.probs are of q.tokens, K of the V tokens in any order: look for the draft there, and take p of these"
+    )
+    assert same_tests(
+        reject(drafts, p * 10 * random(60, 3, 1, seed=4), Distribution(tokens, q.dense(5)), u),
+        (accepted, residual, rest),
+    ), "p need not be normalised: it is what siblings tested before have left"
 
 
 @exercise_5(1)
 def test_a_draft_that_was_never_drawn_leaves_q_as_it_is():
     p, tokens, probs = dense_case()
-    p = torch.where(random(*p.shape, seed=6) < 0.5, p, 0.0)
+    drafts = some_drafts(p)
+    p = p.scatter(-1, drafts[..., None], 0.0)
     p[0] = 0
-    grade_reject("a draft whose p is 0 should not be accepted, and should leave q as it is", p, tokens, probs,
-                 what=["accepted", "residual"])  # fmt: skip
+    p = p / p.sum(-1, keepdim=True).clamp(min=1e-9)
+    accepted, residual, _ = reject(drafts, p, Distribution(tokens, probs), random(60, 3))
+    left = not accepted.any() and close(residual, probs, 1e-9)
+    assert left, "a draft whose p is 0 should not be accepted, and should leave q as it is"
 
 
 @exercise_5(1)
 def test_a_residual_of_zeros_is_q():
-    p = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64).expand(60, 3, -1)  # which sum to 1 exactly
+    p = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64).repeat(60, 3, 1)  # which sum to 1 exactly
     given = Distribution(torch.arange(4).expand(60, 3, -1), p)
-    accepted, residual, _ = reject(given.tokens[..., 1], p, given, random(60, 3))
+    accepted, residual, _ = reject(given.tokens[..., 1], p.clone(), given, random(60, 3))
     assert accepted.all(), "where p = q all drafts should be accepted"
     assert residual.isfinite().all() and close(residual, p), "where q - p leaves nothing, q should be left"
 
@@ -619,7 +685,8 @@ def test_accepted_drafts_and_the_residual_add_up_to_q():
         torch.arange(5)[:, None].expand(5, n),
         Distribution(torch.arange(5).expand(5, n, 5), q.expand(5, n, 5)),
     )
-    accepted, residual, _ = reject(drafts, p.expand(5, n, 5), given, u)
+    accepted, residual, _ = reject(drafts, p.repeat(5, n, 1), given, u)
+    residual = residual / residual.sum(-1, keepdim=True)
     made = torch.where(accepted[..., None], torch.eye(5).double()[drafts], residual).mean(1)  # (draft, token)
     assert close((p[:, None] * made).sum(0), q, 2e-3), "drafts from p, accepted or replaced, should be distributed as q"
 
@@ -671,24 +738,26 @@ def random_drafts(drafts: DraftTree, n_batch: int, vocab_size: int) -> torch.Ten
 
 def grade_coupled(drafts: DraftTree) -> None:
     n_batch, n_nodes = 100, len(drafts.depth)
-    tokens = random_drafts(drafts, n_batch, 4)
-    q = Distribution(shuffled(n_batch, n_nodes, 4, seed=7), torch.full((n_batch, n_nodes, 4), 0.25).double())
-    keys = torch.randint(4, (3, n_batch, n_nodes), generator=generator())
+    tokens = random_drafts(drafts, n_batch, 5)
+    q = Distribution(shuffled(n_batch, n_nodes, 5, seed=7), torch.full((n_batch, n_nodes, 5), 0.2).double())
+    keys = torch.randint(5, (3, n_batch, n_nodes), generator=generator())
+    reached = torch.zeros(n_batch, dtype=torch.int64)
+    for b in range(n_batch):
+        for node in range(n_nodes):
+            here = q.tokens[b, node].tolist()
+            below = {int(tokens[b, child - 1]): child for child in children(drafts, node)}
+            if reached[b] == node:
+                reached[b] = below.get(here[keys[TARGET, b, node]], node)
+            else:  # no draft is right after one that is not: another grader looks at these
+                keys[TARGET, b, node] = next(slot for slot, token in enumerate(here) if token not in below)
     last, next_token = accept(Shape(drafts).on(CPU), Drafts(tokens), q, Pointed(1.0), keys)
     assert last.shape == next_token.shape == (n_batch,), "the last accepted node and the next token should be (B,)"
-    for b in range(n_batch):
-        node = 0
-        while True:
-            token = int(q.tokens[b, node, keys[TARGET, b, node]])
-            right = [child for child in children(drafts, node) if tokens[b, child - 1] == token]
-            if not right:
-                break
-            (node,) = right
-        assert last[b] == node, (
-            "coupled: a draft is accepted if it is what the target draws after its parent, with the TARGET noise of "
-            "that place, and its parent is accepted too; the root always is"
-        )
-        assert next_token[b] == token, "the next token is what the target draws after the last accepted node"
+    assert torch.equal(last, reached), (
+        "coupled: a draft is accepted if it is what the target draws after its parent, with the TARGET noise of that "
+        "place; the root always is"
+    )
+    expected = [int(q.tokens[b, node, keys[TARGET, b, node]]) for b, node in enumerate(reached.tolist())]
+    assert next_token.tolist() == expected, "the next token is what the target draws after the last accepted node"
 
 
 @exercise_6(3)
@@ -750,23 +819,28 @@ def slow_accept(
 
 @exercise_6(2)
 def test_the_random_numbers_of_a_test_and_of_a_draw_are_those_of_their_place():
-    for drafts in trees():
-        n_nodes = len(drafts.depth)
-        tokens, keys = random_drafts(drafts, 50, 5), random_keys(3, 50, n_nodes)
-        p, listed = random(50, n_nodes, 5, seed=1) ** 2, shuffled(50, n_nodes, 5, seed=3)[..., :4]
-        q = torch.zeros_like(p).scatter(-1, listed, random(50, n_nodes, 4, seed=2) ** 2)
-        p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
-        given = Distribution(listed, q.gather(-1, listed))
-        last, next_token = accept(Shape(drafts).on(CPU), Drafts(tokens, p), given, Sampling(1.0), keys)
-        for b in range(50):
-            expected = slow_accept(drafts, tokens[b].tolist(), p[b], q[b], keys[:, b])
-            assert (int(last[b]), int(next_token[b])) == expected, (
+    drafts, n_batch, n_compared = chain(3), 200, 0
+    tokens, keys = random_drafts(drafts, n_batch, 5), random_keys(3, n_batch, 4)
+    p, listed = random(n_batch, 4, 5, seed=1) ** 2, shuffled(n_batch, 4, 5, seed=3)[..., :4]
+    q = torch.zeros_like(p).scatter(-1, listed, random(n_batch, 4, 4, seed=2) ** 2)
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    given = Distribution(listed, q.gather(-1, listed))
+    last, next_token = accept(Shape(drafts).on(CPU), Drafts(tokens, p.clone()), given, Sampling(1.0), keys)
+    for b in range(n_batch):
+        node, expected = slow_accept(drafts, tokens[b].tolist(), p[b], q[b], keys[:, b])
+        below = [slow_accept(chain(1), [token], p[b, i:], q[b, i:], keys[:, b, i:])[0]
+                 for i, token in enumerate(tokens[b].tolist()) if i > node]  # fmt: skip
+        if not any(below):  # else the way matters, which another grader looks at
+            assert last[b] == node and (node < 3 or next_token[b] == expected), (
                 "the last node or the next token is wrong. Is each test's number `uniform` of the parent's ACCEPTANCE "
-                "key and the draft, and the draw after a node with the node's own TARGET key?"
+                "key and the draft, and the draw after a node with the node's own TARGET key? If other points of this "
+                "exercise are lost, look there first"
             )
+            n_compared += 1
+    assert n_compared
 
 
-def grade_rejection(drafts: DraftTree, message: str) -> None:
+def grade_rejection(drafts: DraftTree, message: str, next_too: bool = True) -> None:
     n_nodes, vocab_size = len(drafts.depth), 6
     share = torch.linspace(0.1, 0.9, n_nodes).double()[:, None]  # each node has its own p and q
     p = torch.cat([torch.tensor([[0.3, 0.25, 0.2, 0.15]] * n_nodes).double(), 0.1 * share, 0.1 * (1 - share)], dim=1)
@@ -776,31 +850,36 @@ def grade_rejection(drafts: DraftTree, message: str) -> None:
     for by_rank in ((0, 3, 5), (1, 3, 4)):
         tokens = torch.tensor([by_rank[rank] for rank in drafts.rank])
         given = Distribution(listed.repeat(N, 1, 1), q.gather(-1, listed).repeat(N, 1, 1))
-        proposed = Drafts(tokens.expand(N, -1), p.repeat(N, 1, 1))
-        before = given.probs.clone(), proposed.p.clone()
-        keys = random_keys(3, N, n_nodes)
+        proposed, keys = Drafts(tokens.expand(N, -1), p.repeat(N, 1, 1)), random_keys(3, N, n_nodes)
         last, next_token = accept(Shape(drafts).on(CPU), proposed, given, Sampling(1.0), keys)
-        unchanged = torch.equal(given.probs, before[0]) and torch.equal(proposed.p, before[1])
-        assert unchanged, "p and q, as they were given, should not change"
         counts = torch.bincount(last * vocab_size + next_token, minlength=n_nodes * vocab_size).view(n_nodes, -1)
         expected = law(drafts, tokens.tolist(), p, q)
         assert like(counts.sum(1), expected.sum(1)), f"{message} are not accepted as often as they should be"
-        assert like(counts.flatten(), expected.flatten()), (
+        assert not next_too or like(counts.flatten(), expected.flatten()), (
             f"{message}: the next token should come from what is left of q after the last accepted node: the residual "
             "after a rejection, q itself after a leaf"
         )
 
 
-@exercise_6(3)
-def test_the_rejection_rule_along_a_chain():
-    grade_rejection(chain(1), "one draft under the rejection rule")
-    grade_rejection(chain(3), "drafts of a chain under the rejection rule")
+@exercise_6(2)
+def test_the_rejection_rule_tests_a_draft_or_leaves_the_residual():
+    grade_rejection(chain(1), "drafts under the rejection rule")
+    p, tokens, probs = dense_case()
+    given = p.clone(), probs.clone()
+    accept(Shape(chain(2)).on(CPU), Drafts(some_drafts(p)[:, 1:], p), Distribution(tokens, probs), Sampling(1.0),
+           random_keys(3, 60, 3))  # fmt: skip
+    assert torch.equal(p, given[0]) and torch.equal(probs, given[1]), "p and q, as they were given, should not change"
 
 
-@exercise_6(3)
-def test_the_rejection_rule_in_a_tree_tests_siblings_one_after_the_other():
+@exercise_6(2)
+def test_the_rejection_rule_tests_siblings_one_after_the_other():
     grade_rejection(DraftTree((0, 0, 0)), "siblings under the rejection rule")
-    grade_rejection(FORKED, "drafts of a tree under the rejection rule")
+
+
+@exercise_6(2)
+def test_the_rejection_rule_accepts_nothing_after_a_draft_that_is_rejected():
+    grade_rejection(chain(3), "drafts of a chain under the rejection rule", next_too=False)
+    grade_rejection(FORKED, "drafts of a tree under the rejection rule", next_too=False)
 
 
 # 7. The coupled rule
@@ -890,11 +969,11 @@ def test_a_draft_head_adds_what_the_token_before_says():
         given = hidden.clone(), before.clone()
         result = head(hidden, before)
         assert result.shape == shape, "hidden (..., n_embd) should give (..., n_embd), with any dimensions before"
+        assert torch.equal(hidden, given[0]) and torch.equal(before, given[1]), "what was given should not change"
         assert close(result, SlowHead(head)(hidden[None], before[None])[0], 1e-9), (
             "the result should be hidden + c_proj(gelu(c_fc([hidden, before]))), gelu being the approximation by tanh: "
             "what comes first in [hidden, before], and what is it added to?"
         )
-        assert torch.equal(hidden, given[0]) and torch.equal(before, given[1]), "what was given should not change"
 
 
 @exercise_8(1)
@@ -943,6 +1022,39 @@ class Given(Method):
         return in_turn([(Shape(n_lookahead=self.shape.n_lookahead), None)], repeat((self.shape, copied)))
 
 
+class Retold(Engine):
+    """Tells the host what happened from what else a turn returned: one grader alone looks at `for_host`."""
+
+    refills = False
+
+    def _decoder(self, contexts: list[list[int]], n_tokens: int) -> tuple[Decoder, int]:
+        self.decoder, n_kept = super()._decoder(contexts, n_tokens)
+        return self.decoder, n_kept
+
+    def _turns(self, texts: Texts) -> Iterator[Turn]:
+        emit = texts.emit
+
+        def retold(shape: Shape, _: list[list[int]], result: Result, n_models: int) -> Turn:
+            made, known = [], (result.drafts.tokens, result.last, result.handed.root)
+            for tokens, last, root in zip(*map(torch.Tensor.tolist, known), strict=True):
+                accepted = [tokens[node - 1] for node in way(shape.tree, last)[1:]]
+                made.append([len(accepted), last, root, *accepted])
+            turn = emit(shape, made, result, n_models)
+            if self.refills:
+                contexts = [texts.texts[b][texts.start[b] :] for b in texts.rows]
+                self.decoder.begin(contexts, *([each[b] for b in texts.rows] for each in (texts.start, texts.seeds)))
+            return turn
+
+        texts.emit = retold
+        return super()._turns(texts)
+
+
+class Refilled(Retold):
+    """Fills the cache anew after each turn, too: few graders look at what a turn leaves in it."""
+
+    refills = True
+
+
 SHAPES = [Shape(), Shape(chain(1), 1), Shape(chain(3), 3), Shape(FORKED, 3), Shape(PARTIAL, 2)]
 
 
@@ -954,13 +1066,10 @@ def plain_greedy(model: GPT, prompt: list[int], n_new: int) -> list[int]:
     return text[len(prompt) :]
 
 
-def turns(
-    shape: Shape, prompt: list[int], n_new: int = 24, rule: str = REJECTION, temperature: float = 0.7, seed: int = 0
-):
+def turns(shape: Shape, prompt: list[int], seed: int = 0, kind: type[Engine] = Refilled) -> Iterator[tuple[list, Turn]]:
     """The turns of one text, each with the text before it."""
     text = list(prompt)
-    engine = Engine(tiny_model(), Given(shape, rule), Sampling(temperature))
-    for turn in engine.stream(prompt, n_new, seed=seed):
+    for turn in kind(tiny_model(), Given(shape, REJECTION), Sampling(0.7)).stream(prompt, 24, seed=seed):
         yield list(text), turn
         text += turn.tokens[0]
 
@@ -975,7 +1084,7 @@ def test_greedy_text_equals_plain_decodings():
     for n_new in (1, 2, 17):
         expected = [plain_greedy(tiny_model(), prompt, n_new) for prompt in PROMPTS]
         for shape in SHAPES:
-            engine = Engine(tiny_model(), Given(shape))
+            engine = Retold(tiny_model(), Given(shape))
             for prompt, text in zip(PROMPTS, expected, strict=True):
                 alone = engine.generate(prompt, n_new).tokens[0]
                 assert alone == text, f"greedy text is not plain decoding's ({shape}): what is in the cache?"
@@ -990,7 +1099,7 @@ def test_a_turn_is_one_pass_and_emits_what_was_accepted_and_one_more_token():
         hook = tiny_model().ln_f.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         first_block = tiny_model().h[0].register_forward_hook(lambda *_, calls=calls: calls.append(0))
         try:
-            for text, turn in turns(shape, PROMPTS[0]):
+            for text, turn in turns(shape, PROMPTS[0], kind=Engine):
                 passes = calls.count(0) - (not n_accepted)  # less the prefill
                 calls.clear()
                 assert passes == 1, f"a turn should be one pass of the model, not {passes}"
@@ -1025,7 +1134,7 @@ def test_targets_come_from_the_row_of_each_node():
                 logits = tiny_model()(torch.tensor([text + drafts_on_the_way(turn, node)]))[0, -1]
                 assert close(q[node], (logits / 0.7).softmax(-1)), (
                     f"q after node {node} is not what the model gives after the text and the drafts on the way there: "
-                    "which rows did you read, and does the cache hold all accepted rows, in their order, and no others?"
+                    "which rows did you read?"
                 )
 
 
@@ -1049,7 +1158,7 @@ def test_the_next_drafts_come_from_the_group_of_the_last_accepted_node():
                 ends.add((last, len(lengths)))
         assert len(ends) > 1, "these turns should end at several nodes"
     for shape in SHAPES[1:]:
-        engine = Engine(tiny_model(), Given(shape, REJECTION), Sampling(0.7))
+        engine = Refilled(tiny_model(), Given(shape, REJECTION), Sampling(0.7))
         together = [text[:12] for text in engine.generate(PROMPTS, 16, seed=4).tokens]  # the end is cut to fit
         alone = [engine.generate(prompt, 16, seed=4 + b).tokens[0][:12] for b, prompt in enumerate(PROMPTS)]
         assert together == alone, "right alone, wrong in a batch: each text has its own last accepted node"
@@ -1059,11 +1168,11 @@ def test_the_next_drafts_come_from_the_group_of_the_last_accepted_node():
 def test_copied_drafts_are_verified():
     right = plain_greedy(tiny_model(), PROMPTS[0], 16)
     copied = (tuple(right[1:4]), (-1, -1, -1))
-    stream = Engine(tiny_model(), Given(Shape(chain(3), 3), copied=copied)).stream([PROMPTS[0], PROMPTS[2]], 16)
+    stream = Refilled(tiny_model(), Given(Shape(chain(3), 3), copied=copied)).stream([PROMPTS[0], PROMPTS[2]], 16)
     first, second = islice(stream, 2)
     assert second.result.drafts.tokens[0].tolist() == right[1:4], "copied drafts should be those that are verified"
     assert second.n_accepted[0] == 3, "copied drafts that are right should be accepted"
-    there = Engine(tiny_model(), Given(Shape(chain(3), 3))).stream(PROMPTS[2], 16)
+    there = Refilled(tiny_model(), Given(Shape(chain(3), 3))).stream(PROMPTS[2], 16)
     _, alone = islice(there, 2)
     own = second.result.drafts.tokens[1].tolist() == alone.result.drafts.tokens[0].tolist()
     assert own, "where `copied` is -1, a text should keep its own drafts"
@@ -1076,20 +1185,21 @@ def test_an_ended_text_stays_as_it_is():
         with torch.no_grad():
             handed = decoder.begin([[1, 2, 3], [4, 5]], [0, 0], [0, 0])
             decoder.set_active([1])
-            for n in range(3):
-                handed = decoder.turn(shape, handed).handed
-                lengths = decoder.cache.length.tolist()
+            expected = 1
+            for _ in range(3):
+                _, _, last, handed, _ = decoder.turn(shape, handed)
+                lengths, expected = decoder.cache.length.tolist(), expected + 1 + shape.tree.depth[last[1]]
                 assert lengths[0] == 2, "the cache of a text that has ended (`active`) should stay as long as it is"
-                assert lengths[1] > 1 + n, "the cache should grow by the root and the accepted drafts"
+                assert lengths[1] == expected, "the cache should grow by the root and the accepted drafts"
 
 
 @exercise_9(2)
 def test_under_the_coupled_rule_a_seed_is_a_text_whatever_the_shape():
     for temperature in (0.7, 3.0):
-        plain = Engine(tiny_model(), Given(Shape()), Sampling(temperature))
+        plain = Refilled(tiny_model(), Given(Shape()), Sampling(temperature))
         expected = plain.generate(PROMPTS, 20, seed=[5, 9, 2]).tokens
         for shape in SHAPES:
-            engine = Engine(tiny_model(), Given(shape), Sampling(temperature))
+            engine = Refilled(tiny_model(), Given(shape), Sampling(temperature))
             together = engine.generate(PROMPTS, 20, seed=[5, 9, 2]).tokens
             assert together == expected, (
                 f"{shape}: a seed should give the text that it gives without drafts: is the noise after each node that "
@@ -1116,13 +1226,13 @@ def test_under_the_rejection_rule_the_noise_of_a_node_is_that_of_its_place():
 @torch.no_grad()
 def test_a_draft_head_is_told_the_token_before():
     model = tiny_model(7, n_draft=6)
-    expected = Engine(model, Given(Shape()), Sampling(0.7)).generate(PROMPTS, 16).tokens
+    expected = Refilled(model, Given(Shape()), Sampling(0.7)).generate(PROMPTS, 16).tokens
     for shape, (most_tokens, n_candidates) in product(SHAPES[2:], ((10, 7), (4, 3))):
         with (
             patch("minipass.decode.LARGE_VOCABULARY", most_tokens),
             patch("minipass.decode.N_CANDIDATES", n_candidates),
         ):
-            engine = Engine(model, Given(shape), Sampling(0.7))
+            engine = Refilled(model, Given(shape), Sampling(0.7))
             try:
                 tokens = engine.generate(PROMPTS, 16).tokens
                 handed = [turn.result.handed for turn in engine.stream(PROMPTS[0], 16)]
@@ -1147,7 +1257,7 @@ def test_sampled_texts_have_the_targets_distribution():
         expected = (expected[:, None] * model(texts)[:, -1].softmax(-1)).flatten()
         texts = torch.cat([texts.repeat_interleave(4, 0), torch.arange(4).repeat(len(texts))[:, None]], dim=1)
     for rule, shape in product((COUPLED, REJECTION), (Shape(chain(2), 2), Shape(DraftTree((0, 0, 1)), 2))):
-        engine = Engine(model, Given(shape, rule), Sampling(1.0))
+        engine = Refilled(model, Given(shape, rule), Sampling(1.0))
         tokens = torch.tensor(engine.generate([[1, 2]] * n_texts, 4).tokens)
         for i in range(3):  # the joint distribution of each two neighbours, summed over the others
             others = [axis for axis in range(4) if axis not in (i, i + 1)]
@@ -1244,7 +1354,7 @@ CUTS = np.array([[0, 3], [2, 1]])
 def random_logits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draft logits (2, 2, 3, 5), text logits (2, 8, 5), targets (2, 8)."""
     numbers, sizes = generator(), ((2, 2, 3, 5), (2, 8, 5))
-    return *(torch.randn(size, generator=numbers) for size in sizes), torch.arange(16).view(2, 8) % 5
+    return *(4 * torch.randn(size, generator=numbers) for size in sizes), torch.arange(16).view(2, 8) % 5
 
 
 def places() -> list[tuple[int, int, int, int]]:
@@ -1261,7 +1371,7 @@ def grade_loss(kind: str, of_one, message: str) -> None:
             expected[i] += of_one(log_p, log_q, targets[b, row]) / 4
         result = lookahead_loss(kind, drafts, texts, targets, CUTS)
         assert result.shape == (3,), "the loss should be a mean for each look-ahead position, (L,)"
-        assert close(result, expected, 1e-5), message if dtype == torch.float32 else "bfloat16: compute in float32"
+        assert close(result, expected, 1e-4), message if dtype == torch.float32 else "bfloat16: compute in float32"
 
 
 @exercise_11(2)
@@ -1296,8 +1406,10 @@ def test_the_target_gets_no_gradient():
     drafts, texts, targets = random_logits()
     for kind in ("kl", "tv"):
         draft_leaf, text_leaf = drafts.clone().requires_grad_(), texts.clone().requires_grad_()
-        lookahead_loss(kind, draft_leaf, text_leaf, targets, CUTS).sum().backward()
-        assert draft_leaf.grad.abs().sum() > 0, f"{kind}: the drafts should get a gradient"
+        loss = lookahead_loss(kind, draft_leaf, text_leaf, targets, CUTS).sum()
+        if loss.requires_grad:
+            loss.backward()
+        assert draft_leaf.grad is not None and draft_leaf.grad.any(), f"{kind}: the drafts should get a gradient"
         assert text_leaf.grad is None, f"{kind}: the model should not move towards its drafts: detach the target"
 
 
@@ -1310,6 +1422,7 @@ def test_training_the_table_alone_lowers_the_loss():
     for _ in range(20):
         text_logits, draft_logits = training_pass(model, text[:, :-1], cuts)
         loss = lookahead_loss("kl", draft_logits, text_logits, text[:, 1:], cuts).mean()
+        assert loss.requires_grad, "the look-ahead table should get a gradient"
         (gradient,) = torch.autograd.grad(loss, model.lookahead)
         with torch.no_grad():
             model.lookahead -= 0.1 * gradient

@@ -41,6 +41,7 @@ WORDS = {
     "elsewhere": ("off_path", "not_above", "aside"),
     "largest": ("biggest", "extreme", "upper_bounds"),
     "before": ("prior", "last_told", "predecessor"),
+    "anchors": ("stems", "moorings", "pegs"),
 }
 REORDERED = "uniform", "reject", "accept", "with_groups", "rows_after_cuts", "lookahead_loss"
 IN_TEXT = re.compile(r"`[^`\n]+`|\w+(?=:? \()")
