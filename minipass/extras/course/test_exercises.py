@@ -1159,9 +1159,15 @@ def test_the_next_drafts_come_from_the_group_of_the_last_accepted_node():
         assert len(ends) > 1, "these turns should end at several nodes"
     for shape in SHAPES[1:]:
         engine = Refilled(tiny_model(), Given(shape, REJECTION), Sampling(0.7))
-        together = [text[:12] for text in engine.generate(PROMPTS, 16, seed=4).tokens]  # the end is cut to fit
-        alone = [engine.generate(prompt, 16, seed=4 + b).tokens[0][:12] for b, prompt in enumerate(PROMPTS)]
-        assert together == alone, "right alone, wrong in a batch: each text has its own last accepted node"
+
+        def states(prompts: list, seed: int, engine: Engine = engine) -> list[torch.Tensor]:
+            return [turn.result.handed.hidden for turn in islice(engine.stream(prompts, 24, seed=seed), 5)]
+
+        alone = [states([prompt], seed=4 + b) for b, prompt in enumerate(PROMPTS)]
+        for together, *each in zip(states(PROMPTS, seed=4), *alone, strict=True):
+            assert close(together, torch.cat(each)), (
+                "handed.hidden is right alone, wrong in a batch: each text has its own last accepted node"
+            )
 
 
 @exercise_9(1)
