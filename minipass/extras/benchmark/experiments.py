@@ -71,7 +71,7 @@ def forced(name: str, subjects: Sequence[Subject | None], *sources: str) -> tupl
     return name, "Teacher-forced on held-out text:", rows, FORCED
 
 
-@experiment(prompts=16)
+@experiment(prompts=14)
 def headline(bench: Bench) -> Tables:
     """How much does PaSS give with the shipped joint model, greedy and sampled, on code? Two-pass uses the paper's
     rejection rule; the others use the coupled rule unless a rule is named."""
