@@ -149,9 +149,9 @@ def turn_seconds(
     engines = [Engine(model, Fused(tree, rule), sampling, use_graphs=use_graphs) for tree in trees]
     streams, times = [engine.stream(prompt, n_tokens) for engine in engines], []
     started = time.perf_counter()
-    while len(times) < N_WARM_UP + min(turns, FEWEST_TURNS) or (
-        len(times) < N_WARM_UP + turns and time.perf_counter() - started < ENOUGH_SECONDS
-    ):
+    for turn in range(N_WARM_UP + turns):
+        if turn >= N_WARM_UP + FEWEST_TURNS and time.perf_counter() - started >= ENOUGH_SECONDS:
+            break
         times.append([])
         for stream in streams:
             began = time.perf_counter()

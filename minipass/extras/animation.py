@@ -148,7 +148,8 @@ def svg(runs: Sequence[Run], encoding: tiktoken.Encoding, prompt: Sequence[int],
         body.append(f'<g class="{origin}"><rect x="{x}" y="{y - 11}" width="14" height="14" rx="3"/></g>')
         body.append(label(x + 21, y, words, "words"))
     speed = f"shown {slower} times slower than it ran" if slower > 1 else "shown as fast as it ran"
-    facts, lines = f"Same seed, same text. {note}; {speed}", ("Same seed, same text.", f"{note};", speed)
+    lines = "Same seed, same text.", f"{note};", speed
+    facts = " ".join(lines)
     height = top + -(-len(LEGEND) // columns) * 20
     for line in (facts,) if columns > 1 else lines:
         body.append(label(MARGIN + 8, height + 2, line, "words soft"))

@@ -124,8 +124,7 @@ def batches(bench: Bench) -> Tables:
 @experiment("position", "acceptance", "match", series=["checkpoint"])
 def acceptance(bench: Bench) -> Tables:
     """Which training drafts best? With the checkpoints and runs of --compare. A base that predicts badly is easier to
-    draft for, so its loss is there too; a constant p shows what drafts reach that know nothing
-    of the context."""
+    draft for, so its loss is there too; a constant p shows what drafts reach that know nothing of the context."""
     yield forced("rows", [bench.subject, bench.subject.headless, *bench.compared], bench.options.data)
 
 
