@@ -21,13 +21,13 @@ import torch
 
 from minipass import weights
 from minipass.api import DEFAULT_LOOKAHEAD, DEFAULT_LOOKUP, DEFAULT_TREE, make_method
-from minipass.auto import MOST_AUTO_LOOKAHEAD, AdaptiveTree, Auto, best_tree, turn_seconds
+from minipass.auto import MOST_AUTO_LOOKAHEAD, AdaptiveTree, Auto, best_tree, likeliest_tree, turn_seconds
 from minipass.chat import encode_chat
 from minipass.cli import choose_device, choose_dtype, run_script
 from minipass.decode import Engine, Plain
 from minipass.errors import InputError
 from minipass.extras.trace import Trace
-from minipass.sampling import COUPLED, RULES, Sampling
+from minipass.sampling import COUPLED, REJECTION, RULES, Sampling
 from minipass.texts import ACCEPTED, BONUS, CORRECTED, Generation, Turn
 from minipass.tokenizer import encode_bytes, stop_tokens
 from minipass.trees import MOST_DRAFTS
@@ -197,7 +197,8 @@ def choose_method(loaded: weights.Checkpoint, args: argparse.Namespace, sampling
     if args.method == "tree":
         size = args.tree_size or DEFAULT_TREE_SIZE
         deepest = args.lookahead or n_lookahead
-        settings["tree"] = best_tree(accuracy[:deepest], size) if accuracy else DEFAULT_TREE.cut(deepest)
+        grown = best_tree if args.rule == REJECTION else likeliest_tree
+        settings["tree"] = grown(accuracy[:deepest], size) if accuracy else DEFAULT_TREE.cut(deepest)
     else:
         settings["lookahead"] = args.lookahead
     return make_method(args.method, **settings)
@@ -397,7 +398,7 @@ def main() -> None:
     names = "checkpoint adapters temperature top_k top_p lookahead prompt_lookup seed".split()
     given = {name.replace("_", "-"): getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.method == "tree":
-        given["tree-size"] = len(method.tree.parents)
+        given["tree-size"] = method.tree.n_verified
     if args.method != "plain":
         given["rule"] = method.rule
     trace = Trace(encoding, prompt, {"method": args.method, **given, "dtype": dtype_name(dtype)})

@@ -50,6 +50,7 @@ from minipass.data import (
 from minipass.errors import InputError
 from minipass.files import atomic_write, explained, heedless
 from minipass.model import GPT, GPTConfig, is_drafting
+from minipass.muon import Muon
 from minipass.own_text import own_text
 from minipass.pretrained import SMOLLM2, is_pretrained, is_shipped
 from minipass.tokenizer import build_encoding, gpt2_encoding, train_bpe
@@ -74,7 +75,6 @@ VALIDATIONS = 6  # in a run at least
 LONGEST_WINDOW = 1024  # of a text in training, unless --window says so
 MATRICES = ("h.", "draft_head.")  # where the parameters for Muon are
 HEAD_LR, LORA_LR = 0.2, 0.5  # of the table's, in the lookahead stage
-WIDEST, WIDE_LR = 512, 0.5  # of Muon's matrices the narrow side at most; what is wider learns at this share with AdamW
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -117,6 +117,8 @@ def parse_arguments() -> argparse.Namespace:
     for name, text in SIZES.items():
         default = getattr(GPTConfig, name)
         add(f"--{name.replace('_', '-')}", type=int, help=f"{text} (default: as in --init, else {default})")
+    add("--llama", action=argparse.BooleanOptionalAction, help="Llama's layout (rotary positions, SwiGLU), not GPT-2's "
+        "(default: as in --init, else Llama's)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="compute in float32, bfloat16 or float16 (autocast); auto (the default) takes "
         "bfloat16 where the hardware computes in it, else float32")
@@ -148,7 +150,7 @@ def start(args: argparse.Namespace, train_documents) -> weights.Checkpoint:
 
     Raises InputError where the options do not fit --init, or the stage needs one.
     """
-    sizes = {name: getattr(args, name) for name in (*SIZES, "lora_rank") if getattr(args, name) is not None}
+    sizes = {name: getattr(args, name) for name in (*SIZES, "lora_rank", "llama") if getattr(args, name) is not None}
     torch.manual_seed(args.seed)
     if args.init:
         loaded = weights.load_base(args.init)
@@ -176,7 +178,7 @@ def start(args: argparse.Namespace, train_documents) -> weights.Checkpoint:
     else:
         vocab_size = sizes.get("vocab_size", GPTConfig.vocab_size)
         encoding = build_encoding(train_bpe((document.text for document in train_documents), vocab_size))
-    model = GPT(GPTConfig(**(sizes | {"vocab_size": encoding.n_vocab})))
+    model = GPT(GPTConfig(**({"llama": True} | sizes | {"vocab_size": encoding.n_vocab})))
     if args.stage == "joint" and args.head != "none":
         model.new_draft_head(2 * model.config.n_embd)
     return weights.Checkpoint(model, encoding, {})
@@ -185,26 +187,23 @@ def start(args: argparse.Namespace, train_documents) -> weights.Checkpoint:
 def make_optimizers(model: GPT, stage: str, lr: float) -> list[torch.optim.Optimizer]:
     """For what the stage trains: Muon for the matrices of blocks and draft head, AdamW for the rest.
 
-    Muon (torch's own, with updates scaled to the size of AdamW's) reaches the same loss in clearly fewer steps. But for
-    matrices that are wide both ways its update takes longer than the rest of the step, on hardware without bfloat16, so
-    AdamW trains these too. In the lookahead stage draft head and adapters have lower learning rates than the table.
+    Muon, with updates scaled to the size of AdamW's, reaches the same loss in clearly fewer steps. In the lookahead
+    stage draft head and adapters have lower learning rates than the table.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_drafting(name) == (stage == "lookahead") or stage == "joint")
     groups: dict[tuple[bool, float], list] = defaultdict(list)  # by whether they are Muon's, and scale of learning rate
     for name, parameter in model.named_parameters():
-        matrix = name.startswith(MATRICES) and parameter.dim() == 2
-        wide = matrix and min(parameter.shape) > WIDEST
-        scale = WIDE_LR if wide else 1.0
+        matrix, scale = name.startswith(MATRICES) and parameter.dim() == 2, 1.0
         if matrix and stage == "lookahead":
-            scale *= LORA_LR if name.endswith((".down", ".up")) else HEAD_LR
+            scale = LORA_LR if name.endswith((".down", ".up")) else HEAD_LR
         if parameter.requires_grad:
-            groups[matrix and not wide, scale].append(parameter)
+            groups[matrix, scale].append(parameter)
     muon, adam = (
         [{"params": group, "scale": scale} for (of_muon, scale), group in groups.items() if of_muon == which]
         for which in (True, False)
     )
-    found = [torch.optim.Muon(muon, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")] if muon else []
+    found = [Muon(muon, lr=lr)] if muon else []
     return [*found, torch.optim.AdamW(adam, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 

@@ -30,6 +30,7 @@ SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)  # of the accuracy, for which an A
 PRIOR_TESTS, FORGET = 6.0, 0.9  # what was seen weighs less from one choice to the next
 FIRST_CHOICE, MOST_TURNS_BETWEEN = 4, 32  # turns until an AdaptiveTree chooses: at first, and at most
 NO_DRAFTS = chain(0)  # plain decoding
+SPARE = 4  # drafts for each one that a likeliest_tree keeps
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # drafts of the trees to choose from
 
 
@@ -73,6 +74,13 @@ def best_tree(accuracy: Accuracy, n_drafts: int) -> DraftTree:
     chosen.sort(key=lambda ranks: (len(ranks), ranks))
     number = {(): 0} | {ranks: i for i, ranks in enumerate(chosen, 1)}
     return DraftTree(tuple(number[ranks[:-1]] for ranks in chosen))
+
+
+def likeliest_tree(accuracy: Accuracy, n_drafts: int) -> DraftTree:
+    """A tree whose n_drafts nodes are chosen anew for each text in each turn, as those with the likeliest paths among
+    SPARE times as many drafts. Drafting these costs little, verifying them would. Raises InputError as best_tree."""
+    whole(n_drafts, "the number of drafts in a tree", 1, MOST_DRAFTS)
+    return DraftTree(best_tree(accuracy, min(SPARE * n_drafts, MOST_DRAFTS)).parents, keep=n_drafts)
 
 
 def reach_and_last(tree: DraftTree, accuracy: Accuracy) -> tuple[np.ndarray, np.ndarray]:

@@ -27,7 +27,7 @@ from minipass.lookup import PromptLookup, copied_drafts
 from minipass.model import GPT, KVCache
 from minipass.sampling import COUPLED, DRAFT, REJECTION, RULES, TARGET, Distribution, Sampling, mix, stream_keys
 from minipass.texts import Generation, Prompts, Seeds, StopTokens, Texts, Turn
-from minipass.trees import Drafts, DraftTree, Nodes, Shape, accept, chain
+from minipass.trees import Drafts, DraftTree, Nodes, Shape, accept, chain, pick
 
 KEPT_ROWS = 256  # rows of one prefill pass, where the cache has kept the beginning of a prompt
 LARGE_VOCABULARY, N_CANDIDATES = 2**14, 64  # of a larger one a draft head scores only the tokens likeliest without it
@@ -45,14 +45,16 @@ class Handed(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a turn made: drafts, q and last as in trees.accept, what it hands on, and for_host, (B, 3 + D) int64:
-    [drafts accepted, last accepted node, next token, the drafts on the path to that node]."""
+    """What a turn made: drafts and q as in trees.accept, the last accepted node (B,) int64, what the turn hands on, and
+    for_host, (B, 3 + D) int64: [drafts accepted, last accepted node, next token, the drafts on the path to that node].
+    kept: (B or 1, 1 + N) int64, the nodes that were verified."""
 
     drafts: Drafts
     q: Distribution
     last: torch.Tensor
     handed: Handed
     for_host: torch.Tensor
+    kept: torch.Tensor
 
 
 class Decoder:
@@ -73,9 +75,9 @@ class Decoder:
 
     def turn(self, shape: Shape, handed: Handed, copied: torch.Tensor | None = None) -> Result:
         """One pass that verifies the N drafts of `shape` and looks ahead after each of them."""
-        nodes, keys = shape.on(self.device, self.by_parent), self.noise(shape.tree.depth[-1])
+        keys = self.noise(shape.tree.depth[-1])
         # Draft: d_i is drawn from p_i, which the look-ahead rows of the turn before give.
-        drafts = self.draft(shape.tree, nodes, handed, keys, copied)  # (B, N)
+        nodes, drafts = self.draft(shape, handed, keys, copied)  # (B, N)
         # Verify: one pass over [root, drafts, look-ahead groups] gives the target distribution q after each draft.
         rows = torch.cat([handed.root[:, None], drafts.tokens], dim=1)  # (B, 1 + N)
         states = self.model.hidden(rows, nodes.layout, self.cache)  # (B, 1 + N + Q, n_embd)
@@ -83,18 +85,18 @@ class Decoder:
         logits = self.model.logits(states if self.scores_candidates else states[:, :n_real])
         q = self.sampling.distribution(logits[:, :n_real])  # (B, 1 + N, K)
         # Accept drafts on a path from the root, and draw the token after them, the next root.
-        last, root = accept(nodes, drafts, q, self.sampling, keys[..., nodes.depth])  # (B,), (B,)
-        n_accepted, way = nodes.depth[last], nodes.path[last]  # (B,), (B, 1 + D)
+        last, root = accept(nodes, drafts, q, self.sampling, keys.take_along_dim(nodes.depth[None], 2))  # (B,), (B,)
+        n_accepted, node, way = (pick(each, last) for each in (nodes.depth, nodes.kept, nodes.path))  # .., (B, 1 + D)
         # Roll back: the cache keeps the root and the accepted drafts; the next turn overwrites what follows them.
         if shape.tree.width > 1:  # the rows of a chain are in their places
             self.cache.gather(way)
         self.cache.length += self.active * (1 + n_accepted)
         # Hand on: the rows after the last accepted node have looked ahead from there.
-        group, batch = nodes.group_rows[last], self.cache.batch
+        group, batch = nodes.group_rows[last], self.cache.batch  # (B, L), (B, 1)
         ahead = logits[batch, group] if self.scores_candidates else logits[:, :0]
-        handed = Handed(root, rows.gather(1, last[:, None])[:, 0], states[batch, group], ahead)
-        for_host = torch.cat([torch.stack([n_accepted, last, root], dim=1), rows.gather(1, way[:, 1:])], dim=1)
-        return Result(drafts, q, last, handed, for_host)
+        handed = Handed(root, pick(rows, last), states[batch, group], ahead)
+        for_host = torch.cat([torch.stack([n_accepted, node, root], dim=1), rows.gather(1, way[:, 1:])], dim=1)
+        return Result(drafts, q, node, handed, for_host, nodes.kept)
 
     def noise(self, depth: int) -> torch.Tensor:
         """Keys (3, B, 1 + depth) of the streams at the text position of the token after 0..depth drafts."""
@@ -104,20 +106,22 @@ class Decoder:
         return mix(self.keys + root + torch.arange(1, 2 + depth, device=self.device))
 
     def draft(
-        self, tree: DraftTree, nodes: Nodes, handed: Handed, keys: torch.Tensor, copied: torch.Tensor | None
-    ) -> Drafts:
+        self, shape: Shape, handed: Handed, keys: torch.Tensor, copied: torch.Tensor | None
+    ) -> tuple[Nodes, Drafts]:
         """Draws a draft for each node: siblings are the best of one race, with p from look-ahead rows or a draft model.
 
         With a draft head or a draft model p depends on the parent's token, so drafts are drawn level by level.
         copied: (B, N) int64, only for a chain: where not negative, the token to draft instead; it then has all of p.
+        Returns the nodes that the pass verifies, and their drafts.
         """
+        tree, nodes = shape.tree, shape.on(self.device, self.by_parent)
         keys = keys[TARGET if self.rule == COUPLED else DRAFT]  # coupled: drafts race with the target's noise
         n_missing = max(0, tree.depth[-1] - handed.hidden.shape[1])
         hidden = F.pad(handed.hidden, (0, 0, 0, n_missing))  # (B, D or L, n_embd)
         likely = None
         if self.scores_candidates and nodes.levels:
             likely = F.pad(handed.logits, (0, 0, 0, n_missing)).topk(max(N_CANDIDATES, tree.width)).indices
-        tokens, made = handed.root[:, None], []  # (B, 1 + drafts so far)
+        tokens, made, sure = handed.root[:, None], [], []  # (B, 1 + drafts so far)
         for level in nodes.levels:
             candidates = None if likely is None else likely[:, level.place]
             if len(self.models) > 1:
@@ -128,19 +132,24 @@ class Decoder:
             p = self.sampling.distribution(logits, tree.width)  # (B, n, K)
             if candidates is not None:
                 p = Distribution(candidates.gather(2, p.tokens), p.probs)
-            drawn = self.sampling.draw(p, keys[:, level.place], tree.width)[:, level.source, level.rank]  # (B, m)
+            race = self.sampling.race(p, keys[:, level.place], tree.width)  # (B, n, width)
+            drawn = race.tokens[:, level.source, level.rank]  # (B, m)
+            sure.append(race.probs[:, level.source, level.rank])
             if copied is not None:
                 given = copied[:, tokens.shape[1] - 1 :][:, : drawn.shape[1]]
                 drawn = torch.where(given >= 0, given, drawn)
             tokens = torch.cat([tokens, drawn], dim=1)
             made.append(p)
         tokens = tokens[:, 1:]  # (B, N)
+        if tree.keep:
+            nodes = nodes.likeliest(tree.keep, torch.cat(sure, dim=1))
+            tokens = tokens.gather(1, nodes.kept[:, 1:] - 1)
         if self.rule == COUPLED or not made:
-            return Drafts(tokens)
+            return nodes, Drafts(tokens)
         p = torch.cat([each.dense(self.model.config.vocab_size) for each in made], dim=1)  # (B, places, V)
         if copied is not None:
             p = torch.where((copied >= 0)[..., None], torch.zeros_like(p).scatter(2, tokens[..., None], 1.0), p)
-        return Drafts(tokens, F.pad(p, (0, 0, 0, 1))[:, nodes.p_row])
+        return nodes, Drafts(tokens, F.pad(p, (0, 0, 0, 1))[:, nodes.p_row])
 
     def run_draft_model(self, handed: Handed | None, tokens: torch.Tensor) -> torch.Tensor:
         """Logits (B, 1, V) of the draft model after the drafts so far, tokens (B, 1 + drafts).
@@ -171,7 +180,8 @@ class Decoder:
                 if rows.numel():
                     model.hidden(rows, layout, cache)  # what is past a shorter context is overwritten later
                 cache.length += rows.shape[1]
-                cache.masks.pop(layout, None)
+                if layout is not None:
+                    cache.masks.pop(layout)
             cache.length.copy_(last)
         self.start.copy_(torch.tensor(starts))
         self.keys.copy_(stream_keys(torch.tensor(seeds)))
@@ -219,7 +229,8 @@ class Method:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise InputError(f"unknown rule {self.rule!r}; there are {', '.join(RULES)}")
-        self.largest  # noqa: B018 - raises InputError for lengths out of bounds
+        if self.rule == REJECTION and any(shape.tree.keep for shape in self.largest):  # lengths are checked here, too
+            raise InputError("the rejection rule tests all drafts of a tree: it cannot keep the likeliest")
 
     def schedule(self, texts: Texts) -> Schedule:
         """The shapes of the turns for these texts. It may read what the texts hold so far."""

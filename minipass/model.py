@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from numbers import Real
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
@@ -37,8 +38,8 @@ class GPTConfig:
     n_draft: hidden units of the draft head (0: without one); lora_rank: of the gated adapters (0: without).
     llama: Llama's layout (RMSNorm, rotary positions, SwiGLU, no biases), not GPT-2's (LayerNorm, learned positions,
     GELU, biases). n_kv_head: key-value heads (0: n_head); head_dim: width of a head (0: n_embd / n_head); n_inner:
-    width inside an MLP (0: 4 n_embd); rope_theta: base of the rotary angles; norm_eps: added to variances; tied:
-    whether the output head is the token embedding.
+    width inside an MLP (0: 4 n_embd; for SwiGLU, which has a matrix more, 8/3 n_embd); rope_theta: base of the rotary
+    angles; norm_eps: added to variances; tied: whether the output head is the token embedding.
     Raises InputError when a size is impossible.
     """
 
@@ -87,7 +88,7 @@ class GPTConfig:
     @property
     def inner_width(self) -> int:
         """Width inside an MLP."""
-        return self.n_inner or 4 * self.n_embd
+        return self.n_inner or (32 * math.ceil(self.n_embd / 12) if self.llama else 4 * self.n_embd)
 
 
 class KVCache:
@@ -109,7 +110,7 @@ class KVCache:
         self.length = torch.zeros(batch_size, device=device, dtype=torch.int64)
         self.batch = torch.arange(batch_size, device=device)[:, None]  # (B, 1), goes with slots (B, R)
         self.columns = torch.arange(max_len, device=device)
-        self.masks: dict[Layout, torch.Tensor] = {}
+        self.masks: WeakKeyDictionary[Layout, torch.Tensor] = WeakKeyDictionary()
 
     def slots(self, n_rows: int) -> torch.Tensor:
         """Where a pass of n_rows writes: (B, n_rows) int64. Raises ValueError when it has more rows than the cache."""
@@ -119,18 +120,19 @@ class KVCache:
 
     def mask(self, layout: Layout) -> torch.Tensor:
         """What a pass adds to its attention scores: (B, R, max_len) in the dtype of `pairs`, 0 where a row sees a slot,
-        else -inf. All texts share the layout.
+        else -inf.
 
         A row sees all slots before `length`, of the pass's R rows those that the layout says, and nothing after them.
         Such rows [seen .. | visible | hidden ..] are made once for each layout; a text's mask is a window of them.
         """
         if layout not in self.masks:
-            visible = F.pad(F.pad(layout.visible[0], (self.max_len, 0), value=True), (0, self.max_len))
+            visible = F.pad(F.pad(layout.visible, (self.max_len, 0), value=True), (0, self.max_len))
             scores = torch.zeros(visible.shape, device=visible.device, dtype=self.pairs.dtype)
             scores.masked_fill_(~visible, -math.inf)
             self.masks[layout] = scores
+        scores = self.masks[layout].expand(len(self.length), -1, -1)
         window = (self.max_len - self.length)[:, None] + self.columns  # (B, max_len)
-        return self.masks[layout].index_select(1, window.flatten()).unflatten(1, window.shape).transpose(0, 1)
+        return scores.gather(2, window[:, None].expand(-1, scores.shape[1], -1))
 
     def store(self, layer: int, slots: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
         """Writes pairs (B, R, 2, kv_heads, head_dim) into `slots` (B, R); returns all of that layer.

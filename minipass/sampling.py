@@ -71,15 +71,16 @@ class Sampling:
 
     def distribution(self, logits: torch.Tensor, n: int = 1) -> Distribution:
         """Logits (..., V) to a distribution over K tokens: top_k of them (but at least n), likeliest first, or all V.
-        At temperature 0 the n likeliest, the first of them with probability 1.
+        At temperature 0 the likeliest, with probability 1; for n > 1 the n likeliest, with those of temperature 1.
 
         n: how many different tokens are to be drawn; more than 1 for drafts only, which may come from any distribution.
         """
         if self.temperature == 0:
-            tokens = logits.argmax(-1, keepdim=True) if n == 1 else logits.topk(n).indices
-            return Distribution(
-                tokens, torch.eye(1, n, dtype=torch.float64, device=logits.device)[0].expand(tokens.shape)
-            )
+            if n == 1:
+                tokens = logits.argmax(-1, keepdim=True)
+                return Distribution(tokens, torch.ones_like(tokens, dtype=torch.float64))
+            tokens = logits.topk(n).indices
+            return Distribution(tokens, logits.double().softmax(-1).gather(-1, tokens))
         n_tokens = logits.shape[-1]
         top_k = min(n_tokens, n_tokens if self.top_k is None else max(self.top_k, n))
         if top_k < n_tokens or self.top_p is not None:
@@ -95,19 +96,23 @@ class Sampling:
             probs = probs / probs.sum(-1, keepdim=True)
         return Distribution(tokens, probs)
 
-    def draw(self, given: Distribution, key: torch.Tensor, n: int | None = None) -> torch.Tensor:
-        """One token (...) for each distribution, or n different ones (..., n), as if drawn without replacement.
+    def draw(self, given: Distribution, key: torch.Tensor) -> torch.Tensor:
+        """One token (...) for each distribution, the winner of the race; key (...): of the noise."""
+        return self.race(given, key, 1).tokens[..., 0]
 
-        The largest probs / e wins, with e = -log(u), u each token's `uniform`; n tokens come in the order of the race.
-        Probabilities need not be normalised. key (...): of the noise. At temperature 0 the first n tokens come, which
-        are the likeliest, and key is not read.
+    def race(self, given: Distribution, key: torch.Tensor, n: int) -> Distribution:
+        """The first n tokens (..., n) of each race, as if drawn without replacement, and how sure each place was.
+
+        The largest probs / e wins, with e = -log(u), u each token's `uniform`; the others follow in order. Probabilities
+        need not be normalised. The numbers with the tokens are their shares of all speeds probs / e: 1 if no other
+        token runs. key (...): of the noise, not read at temperature 0, where the first n tokens of `given` come, the
+        likeliest, with their probabilities.
         """
         if self.temperature == 0:
-            return given.tokens[..., 0] if n is None else given.tokens[..., :n]
-        speed = given.probs / -uniform(key, given.tokens).log()  # the race: the fastest wins
-        if n is None:
-            return given.tokens.gather(-1, speed.argmax(-1, keepdim=True)).squeeze(-1)
-        return given.tokens.gather(-1, speed.topk(n).indices)
+            return Distribution(given.tokens[..., :n], given.probs[..., :n])
+        speed = given.probs / -uniform(key, given.tokens).log()  # the fastest wins
+        first = speed.topk(n)
+        return Distribution(given.tokens.gather(-1, first.indices), first.values / speed.sum(-1, keepdim=True))
 
 
 def reject(

@@ -139,8 +139,8 @@ class Texts:
 
         made: for each row of the batch [drafts accepted, last accepted node, next token, accepted drafts, ...].
         """
-        n_texts, n_drafts = len(self.texts), shape.tree.depth[-1]
-        drafting = [(DRAFTER, 2 if i == 0 else 1) for i in range(n_drafts * (n_models - 1))]
+        n_texts, tree = len(self.texts), shape.tree
+        drafting = [(DRAFTER, 2 if i == 0 else 1) for i in range(tree.depth[-1] * (n_models - 1))]
         turn = Turn(
             tokens=[[] for _ in range(n_texts)], origins=[[] for _ in range(n_texts)], active=[False] * n_texts,
             n_tested=[0] * n_texts, n_accepted=[0] * n_texts, last=[0] * n_texts, rows=[None] * n_texts,
@@ -150,7 +150,9 @@ class Texts:
             left = self.left(b)
             tokens = [*drafts[:n_accepted], next_token][:left]
             end = next((i for i, token in enumerate(tokens, 1) if token in self.stop_tokens), len(tokens))
-            drawn = SAMPLED if n_drafts == 0 else BONUS if last not in shape.tree.parents else CORRECTED
+            verified = result.kept[row].tolist() if tree.keep else range(len(tree.depth))
+            n_drafts, tested = tree.depth[verified[-1]], [tree.parents[node - 1] for node in verified[1:]]
+            drawn = SAMPLED if n_drafts == 0 else CORRECTED if last in tested else BONUS
             turn.tokens[b], turn.origins[b] = tokens[:end], ([ACCEPTED] * n_accepted + [drawn])[:end]
             turn.n_accepted[b] = min(n_accepted, end)
             turn.n_tested[b] = min(n_drafts, left) if end > n_accepted else turn.n_accepted[b]

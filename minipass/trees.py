@@ -28,11 +28,14 @@ class DraftTree:
     parents: (N,) the parent of node i is parents[i - 1]. Siblings are drafts for one position, the likeliest first.
     groups: (1 + N,) how many look-ahead tokens a fused pass has after each node, in case it is the last one accepted;
     None: as many as the tree is deep. Where there are fewer, the next pass has some drafts of little worth.
+    keep: of the N drafts a pass verifies only so many, for each text those with the likeliest paths in this turn (as in
+    EAGLE-2, arXiv 2406.16858); None: all. For the coupled rule, and with groups that are all as long.
     Raises InputError when the nodes come in another order, or when the root has no look-ahead token.
     """
 
     parents: Sequence[int] = ()
     groups: Sequence[int] | None = None
+    keep: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("parents", "groups") if self.groups is not None else ("parents",):
@@ -48,6 +51,11 @@ class DraftTree:
             raise InputError(f"the nodes of a draft tree must be ordered by depth, not as in {self.parents}")
         if self.groups is not None and (len(self.groups) != 1 + len(self.parents) or self.groups[0] < 1):
             raise InputError("groups must give the look-ahead tokens after each node, at least 1 after the root")
+        if self.keep is not None:
+            if self.groups is not None:
+                raise InputError("a tree that keeps some of its drafts has groups that are all as long")
+            keep = min(whole(self.keep, "the number of drafts to keep", 1), len(self.parents))
+            object.__setattr__(self, "keep", keep if keep < len(self.parents) else None)
 
     @cached_property
     def depth(self) -> tuple[int, ...]:
@@ -71,7 +79,12 @@ class DraftTree:
     def cut(self, depth: int) -> "DraftTree":
         """The tree without the nodes deeper than `depth`."""
         n_nodes = sum(d <= depth for d in self.depth)
-        return DraftTree(self.parents[: n_nodes - 1], self.groups and self.groups[:n_nodes])
+        return DraftTree(self.parents[: n_nodes - 1], self.groups and self.groups[:n_nodes], self.keep)
+
+    @property
+    def n_verified(self) -> int:
+        """The drafts that a pass verifies."""
+        return self.keep or len(self.parents)
 
     def lengths(self, n_lookahead: int) -> list[int]:
         """The number of look-ahead tokens after each of the nodes 0..N, at most n_lookahead."""
@@ -95,11 +108,13 @@ class Level(NamedTuple):
 
 
 class Nodes(NamedTuple):
-    """A Shape's indices on a device, made once; int64 unless said otherwise. N drafts, D deep, L look-ahead tokens.
+    """A Shape's indices on a device; int64 unless said otherwise. N drafts, D deep, L look-ahead tokens. The first
+    dimension is the batch B, or 1 where all its texts share the tree; some fields, without B, are always shared.
 
-    layout: of the rows [root, drafts, look-ahead groups]. depth, number: (1 + N,). parents: (N,) of the drafts.
-    elsewhere: (1 + N, 1 + N) bool, [i, j] is False where node j is node i or on the path to it.
-    path: (1 + N, 1 + D), the nodes on the path from the root to each node, padded with the node itself.
+    layout: of the rows [root, drafts, look-ahead groups]. number: (1 + N,). depth: (B, 1 + N). parents: (B, N) of the
+    drafts. kept: (B, 1 + N), the nodes' numbers in the shape's tree, which has more nodes where it keeps only some.
+    elsewhere: (B, 1 + N, 1 + N) bool, [b, i, j] is False where node j is node i or on the path to it.
+    path: (B, 1 + N, 1 + D), the nodes on the path from the root to each node, padded with the node itself.
     group_rows: (1 + N, L), the rows after each node that draft for the next pass; where a look-ahead token is missing,
     the last one of the group, or the root's group, replaces it. by_rank: for each rank the nodes of that rank.
     levels: drafts in the order in which they are drawn. p_row: (1 + N,), the place, counted over all levels, whose p
@@ -107,15 +122,44 @@ class Nodes(NamedTuple):
     """
 
     layout: Layout
+    number: torch.Tensor
     elsewhere: torch.Tensor
     depth: torch.Tensor
-    number: torch.Tensor
     parents: torch.Tensor
+    kept: torch.Tensor
     path: torch.Tensor
     group_rows: torch.Tensor
     p_row: torch.Tensor
     by_rank: tuple[torch.Tensor, ...]
     levels: tuple[Level, ...]
+
+    def likeliest(self, n_kept: int, sure: torch.Tensor) -> "Nodes":
+        """For each text the root and the n_kept nodes with the likeliest paths, in the same order, with their groups.
+
+        sure: (B, N), how sure each draft is, given that its parent is right; the product over a path is how likely it
+        is. None counts as quite sure, so no node is likelier than its parent, and the nodes kept are a tree.
+        """
+        sure = F.pad(sure.nan_to_num(0).clamp(0, 1 - 1e-9), (1, 0), value=1.0)  # (B, 1 + N)
+        likely = torch.where(self.elsewhere, 1.0, sure[:, None]).prod(-1)  # (B, 1 + N)
+        kept = likely.sort(dim=1, descending=True, stable=True).indices[:, : 1 + n_kept].sort(dim=1).values
+        number = self.number[: 1 + n_kept]
+        place = self.kept.expand(len(kept), -1).scatter(
+            1, kept, number.expand_as(kept)
+        )  # (B, 1 + N), their new numbers
+        rows = torch.cat([kept, self.group_rows[kept].flatten(1)], dim=1)  # (B, R'): of the pass with all nodes
+        visible, depth, lookahead = self.layout.visible[0], self.layout.depth[0], self.layout.lookahead
+        return self._replace(
+            layout=Layout(
+                visible[rows[:, :, None], rows[:, None]], depth[rows], lookahead[: rows.shape[1] - len(number)]
+            ),
+            number=number,
+            elsewhere=self.elsewhere[0][kept[:, :, None], kept[:, None]],
+            depth=self.depth[0, kept],
+            kept=kept,
+            parents=place.gather(1, self.parents[0, kept[:, 1:] - 1]),
+            path=place.gather(1, self.path[0, kept].flatten(1)).view(len(kept), 1 + n_kept, -1),
+            group_rows=1 + n_kept + self.group_rows[: 1 + n_kept] - len(self.group_rows),
+        )
 
 
 @dataclass(frozen=True)
@@ -132,6 +176,8 @@ class Shape:
     @property
     def n_rows(self) -> int:
         """Rows of the pass."""
+        if self.tree.keep:  # groups are all as long
+            return (1 + self.tree.keep) * (1 + self.n_lookahead)
         return len(self.tree.depth) + sum(self.tree.lengths(self.n_lookahead))
 
     @lru_cache(maxsize=1024)  # noqa: B019 - shapes are few and small
@@ -161,9 +207,24 @@ class Shape:
         def put(numbers: Sequence) -> torch.Tensor:
             return torch.as_tensor(np.array(numbers, dtype=np.int64), device=device)
 
-        numbers = map(put, (drafts.depth, range(len(rows)), drafts.parents, paths, group_rows, p_row))
-        levels = tuple(Level(*map(put, level)) for level in levels)
-        return Nodes(layout.to(device), ~visible.to(device), *numbers, by_rank=tuple(map(put, by_rank)), levels=levels)
+        nodes = range(len(rows))
+        shared = (put([each]) for each in (drafts.depth, drafts.parents, nodes, paths))
+        levels, by_rank = tuple(Level(*map(put, level)) for level in levels), tuple(map(put, by_rank))
+        return Nodes(
+            layout.to(device),
+            put(nodes),
+            ~visible[None].to(device),
+            *shared,
+            put(group_rows),
+            put(p_row),
+            by_rank,
+            levels,
+        )
+
+
+def pick(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Each text's entry of its table, or of the one that all share: (B or 1, n, ..) and (B,) int64 to (B, ..)."""
+    return table.expand(len(index), *table.shape[1:])[torch.arange(len(index), device=index.device), index]
 
 
 class Drafts(NamedTuple):
@@ -194,7 +255,7 @@ def accept(
         right = torch.ones(q.tokens.shape[:2], dtype=torch.bool, device=q.tokens.device)
         left, p, taken = q.probs.clone(), drafts.p.clone(), torch.zeros_like(right)
         for siblings in nodes.by_rank:  # no two with the same parent
-            parents, tokens = nodes.parents[siblings - 1], drafts.tokens[:, siblings - 1]
+            parents, tokens = nodes.parents[0, siblings - 1], drafts.tokens[:, siblings - 1]
             u = uniform(keys[ACCEPTANCE][:, parents], tokens[..., None]).squeeze(-1)
             here = Distribution(q.tokens[:, parents], left[:, parents])
             fits, left[:, parents], p[:, parents] = reject(tokens, p[:, parents], here, u)
@@ -203,7 +264,7 @@ def accept(
         q = Distribution(q.tokens, left)
     drawn = sampling.draw(q, keys[TARGET])  # (B, 1 + N)
     if drafts.p is None:
-        right = F.pad(drafts.tokens == drawn[:, nodes.parents], (1, 0), value=True)  # (B, 1 + N)
+        right = F.pad(drafts.tokens == drawn.take_along_dim(nodes.parents, 1), (1, 0), value=True)  # (B, 1 + N)
     accepted = (right[:, None] | nodes.elsewhere).all(-1)  # right, as are all nodes on the path to it
     last = (accepted * nodes.number).amax(1)  # nodes are ordered by depth
     return last, drawn.gather(1, last[:, None])[:, 0]

@@ -69,6 +69,7 @@ def made_turn(drafts: list[int], n_accepted: int, next_token: int, q: Distributi
         last=torch.tensor([n_accepted]),
         handed=Handed(torch.tensor([next_token]), torch.tensor([0]), torch.empty(1, 0, 1), torch.empty(1, 0, 1)),
         for_host=torch.tensor([[n_accepted, n_accepted, next_token, *drafts]]),
+        kept=torch.arange(1 + len(drafts))[None],
     )
     return Turn(
         tokens=[[*drafts[:n_accepted], next_token]],

@@ -21,6 +21,7 @@ from minipass.sampling import (
     REJECTION,
     RULES,
     TARGET,
+    Distribution,
     Sampling,
     mix,
     reject,
@@ -55,7 +56,7 @@ def keys_of(drafts: DraftTree, n_texts: int, seed: int = 0) -> torch.Tensor:
 
 def drawn_drafts(drafts: DraftTree, p: torch.Tensor, keys: torch.Tensor, stream: int) -> torch.Tensor:
     """A draft (B, N) for each node: siblings are drawn without replacement from their parent's p (B, 1 + N, V)."""
-    ranked = DRAWN.draw(whole(p), keys[stream], drafts.width)  # (B, 1 + N, width)
+    ranked = DRAWN.race(whole(p), keys[stream], drafts.width).tokens  # (B, 1 + N, width)
     return ranked[:, list(drafts.parents), list(drafts.rank)]
 
 
@@ -69,7 +70,7 @@ def alike(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 BAD_NODES = {
     "a node is accepted though its parent was not": lambda nodes: nodes._replace(
-        elsewhere=~torch.eye(len(nodes.depth)).bool()
+        elsewhere=~torch.eye(len(nodes.number)).bool()
     ),
     "siblings are tested in the wrong order": lambda nodes: nodes._replace(by_rank=nodes.by_rank[::-1]),
 }
@@ -215,7 +216,7 @@ def pass_p_value(rule: str, judged=lambda p: p, change=lambda nodes: nodes, n_te
     for node in range(len(SMALL.depth)):  # parents come first
         if node:
             parent, rank = SMALL.parents[node - 1], SMALL.rank[node - 1]
-            texts.append([*texts[parent], DRAWN.draw(whole(p[parent]), keys[stream, :, parent], 2)[:, rank]])
+            texts.append([*texts[parent], DRAWN.race(whole(p[parent]), keys[stream, :, parent], 2).tokens[:, rank]])
         p.append(after(p_after, texts[node]))
     q = torch.stack([after(q_after, text) for text in texts], dim=1)
     tokens = torch.stack([text[-1] for text in texts[1:]], dim=1)
@@ -271,7 +272,7 @@ def test_texts_have_exactly_the_enumerated_distribution(rule, drafts, sampling, 
 def test_the_enumeration_sees_every_node_of_the_tree_accepted_and_not(rule, tiny):
     turns = Engine(tiny, Fused(TREE, rule), DRAWN).stream([[1, 2, 3]] * 2000, 5)
     nodes = Shape(TREE).on(CPU)
-    accepted = [~nodes.elsewhere[turn.result.last] for turn in turns if turn.shape.tree == TREE]
+    accepted = [~nodes.elsewhere[0, turn.result.last] for turn in turns if turn.shape.tree == TREE]
     share = torch.cat(accepted).double().mean(0)
     assert (share[1:] > 0.002).all()
     assert (share[1:] < 0.9).all()
@@ -284,13 +285,12 @@ def test_texts_show_that_p_or_q_was_left_unchanged_after_a_rejection(rule, tiny,
 
 
 def test_siblings_that_are_not_tested_in_the_order_they_were_drawn_are_caught(tiny, monkeypatch):
-    draw = Sampling.draw
+    race = Sampling.race
 
-    def flipped(sampling, given, key, n=None):
-        drawn = draw(sampling, given, key, n)
-        return drawn if n is None else drawn.flip(-1)
+    def flipped(*arguments):
+        return Distribution(*(each.flip(-1) for each in race(*arguments)))
 
-    monkeypatch.setattr(Sampling, "draw", flipped)
+    monkeypatch.setattr(Sampling, "race", flipped)
     assert texts_p_value(tiny, REJECTION) < 1e-6
 
 
@@ -370,7 +370,9 @@ def test_drafts_are_drawn_from_what_the_look_ahead_rows_say_and_p_says_so(rule, 
                         expected = p.dense(11)[d] if d < depth else torch.zeros(11).double()
                         torch.testing.assert_close(result.drafts.p[row, node], expected)
                 stream = stream_keys(torch.tensor([2 + b]))[TARGET if rule == COUPLED else DRAFT]
-                ranked = sampling.draw(p, mix(stream + len(text) + torch.arange(depth))[0], drafts.width)  # (D, width)
+                ranked = sampling.race(
+                    p, mix(stream + len(text) + torch.arange(depth))[0], drafts.width
+                ).tokens  # (D, width)
                 expected = [ranked[d - 1, rank] for d, rank in zip(drafts.depth[1:], drafts.rank, strict=True)]
                 assert result.drafts.tokens[row].tolist() == expected
                 n_compared += 1
@@ -444,13 +446,13 @@ def test_rows_are_the_nodes_and_the_groups():
 def test_the_numbers_of_a_shape_are_those_of_a_walk():
     for drafts in (TREE, chain(0), chain(3), *map(random_tree, range(20))):
         nodes, n_nodes, deepest = Shape(drafts, 2).on(CPU), len(drafts.depth), drafts.depth[-1]
-        assert nodes.depth.tolist() == [len(way(drafts, node)) - 1 for node in range(n_nodes)]
-        assert nodes.number.tolist() == list(range(n_nodes))
-        assert nodes.parents.tolist() == list(drafts.parents)
+        assert nodes.depth.tolist() == [[len(way(drafts, node)) - 1 for node in range(n_nodes)]]
+        assert [nodes.number.tolist()] == nodes.kept.tolist() == [list(range(n_nodes))]
+        assert nodes.parents.tolist() == [list(drafts.parents)]
         for node in range(n_nodes):
             path = way(drafts, node)
-            assert (~nodes.elsewhere[node]).nonzero()[:, 0].tolist() == path
-            assert nodes.path[node].tolist() == (path + [node] * deepest)[: 1 + deepest]
+            assert (~nodes.elsewhere[0, node]).nonzero()[:, 0].tolist() == path
+            assert nodes.path[0, node].tolist() == (path + [node] * deepest)[: 1 + deepest]
         for rank, siblings in enumerate(nodes.by_rank):
             assert all(drafts.parents[: node - 1].count(drafts.parents[node - 1]) == rank for node in siblings.tolist())
         assert sorted(torch.cat(nodes.by_rank).tolist()) == list(range(1, n_nodes))
@@ -463,3 +465,99 @@ def test_rows_take_the_place_of_look_ahead_rows_that_are_not_there():
     assert Shape(chain(2)).on(CPU).group_rows.shape == (3, 0)
     cut = Shape(SPARSE, 3).cut(4)  # groups (3, 1, 2, 0, 0, 1, 0, 0), of which 2 are of use
     assert cut.on(CPU).group_rows.tolist()[:4] == [[8, 9], [10, 10], [11, 12], [8, 9]]
+
+
+# Trees that keep their likeliest nodes.
+
+
+def kept_by_hand(drafts: DraftTree, sure: list[float], keep: int) -> list[int]:
+    """The root and the nodes with the likeliest paths, of equal ones the first."""
+    likely = [math.prod(sure[each - 1] for each in way(drafts, node)[1:]) for node in range(len(drafts.depth))]
+    best = sorted(range(1, len(likely)), key=lambda node: (-likely[node], node))[:keep]
+    return [0, *sorted(best)]
+
+
+def test_kept_nodes_are_those_with_the_likeliest_paths_and_a_tree_of_their_own():
+    for seed in range(20):
+        drafts, n_lookahead = random_tree(seed), 1 + seed % 3
+        n = len(drafts.parents)
+        for keep in range(1, n):
+            sure = torch.rand(3, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            sure[0, ::2] = 1.0  # a child is then as likely as its parent
+            nodes = Shape(drafts, n_lookahead).on(CPU).likeliest(keep, sure)
+            for b in range(3):
+                kept = nodes.kept[b].tolist()
+                if b:  # where none are equal
+                    assert kept == kept_by_hand(drafts, sure[b].tolist(), keep)
+                parents = [kept.index(drafts.parents[node - 1]) for node in kept[1:]]  # fails if one is missing
+                alone = Shape(DraftTree(parents), n_lookahead).on(CPU)
+                for name in ("elsewhere", "depth", "parents"):
+                    assert torch.equal(getattr(nodes, name)[b], getattr(alone, name)[0]), name
+                longest = alone.path.shape[2]
+                assert torch.equal(nodes.path[b, :, :longest], alone.path[0])
+                assert torch.equal(nodes.group_rows, alone.group_rows)
+                assert torch.equal(nodes.layout.visible[b], alone.layout.visible[0])
+                assert torch.equal(nodes.layout.depth[b], alone.layout.depth[0])
+                assert torch.equal(nodes.layout.lookahead, alone.layout.lookahead)
+
+
+WIDE = DraftTree((0, 0, 0, 1, 1, 2, 4, 4, 6), keep=4)
+KEEPING_PROMPTS = [[1, 2, 3], [4], [2, 2, 0, 1, 3]]
+
+
+def kept_texts_are_plain(model, sampling: Sampling) -> bool:
+    """Whether a batch, longer than the window, gets plain decoding's texts with a tree that keeps some of its nodes."""
+    texts = [Engine(model, method, sampling).generate(KEEPING_PROMPTS, 30).tokens for method in (Plain(), Fused(WIDE))]
+    return texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 3), DRAWN], ids=str)
+def test_texts_are_plain_decodings_with_a_tree_that_keeps_some_of_its_nodes(sampling, tiny):
+    assert kept_texts_are_plain(tiny, sampling)
+
+
+@pytest.mark.parametrize("field", ["elsewhere", "parents", "path", "layout", "depth"])
+def test_a_field_that_is_not_made_anew_for_the_kept_nodes_is_caught(field, tiny, monkeypatch):
+    likeliest = minipass.trees.Nodes.likeliest
+
+    def half(nodes, keep, sure):
+        first = likeliest(nodes, keep, torch.full_like(sure, 0.9))  # others, mostly
+        return likeliest(nodes, keep, sure)._replace(**{field: getattr(first, field)})
+
+    monkeypatch.setattr(minipass.trees.Nodes, "likeliest", half)
+    assert not kept_texts_are_plain(tiny, DRAWN)
+
+
+def test_a_tree_that_keeps_some_nodes_accepts_more_than_one_of_as_many(tiny):
+    many = [[1, 2, 3]] * 200
+    fixed, kept = (Engine(tiny, Fused(tree), DRAWN).generate(many, 12) for tree in (DraftTree((0, 0, 1, 1)), WIDE))
+    assert kept.tokens_per_pass > fixed.tokens_per_pass
+
+
+def test_the_record_of_a_turn_names_the_nodes_of_the_whole_tree(tiny):
+    seen = set()
+    for turn in Engine(tiny, Fused(WIDE), DRAWN).stream([[1, 2, 3]] * 50, 12):
+        if turn.shape.tree != WIDE:
+            continue
+        for b, last in enumerate(turn.last):
+            if turn.rows[b] is None or not turn.active[b] or len(turn.tokens[b]) <= turn.n_accepted[b]:
+                continue
+            kept = turn.result.kept[turn.rows[b]].tolist()
+            drafts, path = turn.result.drafts.tokens[turn.rows[b]].tolist(), way(WIDE, last)[1:]
+            assert turn.tokens[b][: turn.n_accepted[b]] == [drafts[kept.index(node) - 1] for node in path]
+            has_children = any(WIDE.parents[node - 1] == last for node in kept[1:])
+            assert turn.origins[b][-1] == (CORRECTED if has_children else BONUS)
+            seen.add(turn.origins[b][-1])
+    assert seen == {CORRECTED, BONUS}
+
+
+def test_what_cannot_keep_some_nodes_is_refused():
+    with pytest.raises(InputError, match="rejection"):
+        Fused(WIDE, REJECTION)
+    with pytest.raises(InputError, match="groups"):
+        DraftTree((0, 0), (1, 1, 1), keep=1)
+    for keep in (0, -1, 1.5, "2"):
+        with pytest.raises(InputError):
+            DraftTree((0, 0), keep=keep)
+    assert DraftTree((0, 0), keep=2) == DraftTree((0, 0), keep=7) == DraftTree((0, 0))
+    assert WIDE.cut(1) == DraftTree((0, 0, 0)) and WIDE.cut(2).keep == 4 and Shape(WIDE, 3).n_rows == 5 * 4

@@ -244,15 +244,16 @@ def look_into(turn: Turn, b: int) -> tuple[list[SeenDraft], list[tuple], float |
     tree, row, result, way = turn.shape.tree, turn.rows[b], turn.result, [turn.last[b]]
     while way[0]:
         way.insert(0, tree.parents[way[0] - 1])
+    place = {node: i for i, node in enumerate(result.kept[row if tree.keep else 0].tolist())}  # in these tensors
     tokens, next_token = result.drafts.tokens[row].tolist(), result.handed.root[row].item()
-    followed_by = [*(tokens[node - 1] for node in way[1:]), next_token]  # of each accepted node
+    followed_by = [*(tokens[place[node] - 1] for node in way[1:]), next_token]  # of each accepted node
     drafts, source, rejection = [], [], None
     for node in way if tree.width > 1 else range(len(tree.depth)):
-        depth, q = tree.depth[node], Distribution(*(each[row, node].cpu() for each in result.q))
+        depth, q = tree.depth[node], Distribution(*(each[row, place[node]].cpu() for each in result.q))
         p = None if result.drafts.p is None else result.drafts.p[row, node].cpu()
         q_left, p_left, chance = q.probs, p, None
-        for child in (i for i, parent in enumerate(tree.parents, 1) if parent == node):
-            token = tokens[child - 1]
+        for child in (i for i, parent in enumerate(tree.parents, 1) if parent == node and i in place):
+            token = tokens[place[child] - 1]
             outcome = ACCEPTED if child in way else REJECTED if node in way else NOT_REACHED
             draft = SeenDraft(
                 place=f"{depth + 1}.{tree.rank[child - 1] + 1}" if tree.width > 1 else str(depth + 1),
@@ -289,7 +290,8 @@ def rejected(token: int, q: Distribution, p: torch.Tensor) -> tuple[torch.Tensor
 
 def pass_words(seen: SeenTurn) -> tuple[str, str]:
     """The kind of a turn's pass, and a sentence about its rows."""
-    n_drafts, n_lookahead = len(seen.shape.tree.parents), seen.shape.n_rows - len(seen.shape.tree.depth)
+    n_drafts = seen.shape.tree.n_verified
+    n_lookahead = seen.shape.n_rows - 1 - n_drafts
     kind = "fused" if n_drafts and n_lookahead else "verify" if n_drafts else "draft" if n_lookahead else "plain"
     others = [plural(n, name) for n, name in ((n_drafts, "draft"), (n_lookahead, "look-ahead row")) if n]
     first = f", after {plural(seen.n_draft_passes, 'pass', 'es')} of the draft model" if seen.n_draft_passes else ""

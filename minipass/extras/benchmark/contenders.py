@@ -81,7 +81,7 @@ def in_a_row(bench: Bench, *names: str, lengths: Sequence[int] = ()) -> list[Con
         "fused, rejection": lambda n: Fused(n, REJECTION),
         "fused + prompt lookup": lambda n: Fused(n, lookup=DEFAULT_LOOKUP),
         "tree of 4 L": lambda n: Fused(bench.tree(n, 4 * n)),
-        "tree of 4 L, rejection": lambda n: Fused(bench.tree(n, 4 * n), REJECTION),
+        "tree of 4 L, rejection": lambda n: Fused(bench.tree(n, 4 * n, fixed=True), REJECTION),
         "fused, no head": subject.model.draft_head and Fused,
         "two models": draft and (lambda n: TwoModels(draft.model, n)),
     }

@@ -97,11 +97,15 @@ def lookahead(bench: Bench) -> Tables:
 @experiment("method", "tokens_per_pass", "speedup")
 def trees(bench: Bench) -> Tables:
     """How many drafts should a tree have, and which exact rule is better? Coupled, drafts are the best of the target's
-    own race; rejection draws them without replacement and tests one after the other."""
-    depth = bench.options.lookahead[-1]
-    shapes = {f"chain of {depth}": depth} | {f"tree of {n}": bench.tree(depth, n) for n in (2, 4, 8, 16, 32)}
-    coupled = [Contender(name, Fused(shape)) for name, shape in shapes.items()]
-    others = [Contender(f"{name}, rejection", Fused(shape, REJECTION)) for name, shape in shapes.items()]
+    own race, and a tree is chosen for each turn anew or fixed; rejection draws them without replacement and tests one
+    after the other."""
+    depth, sizes = bench.subject.model.config.n_lookahead, (2, 4, 8, 16, 32)
+    chosen = {f"tree of {n}": bench.tree(depth, n) for n in sizes}
+    fixed = {f"chain of {n}": n for n in sizes[:2]} | {
+        f"fixed tree of {n}": bench.tree(depth, n, fixed=True) for n in sizes
+    }
+    coupled = [Contender(name, Fused(shape)) for name, shape in (chosen | fixed).items()]
+    others = [Contender(f"{name}, rejection", Fused(shape, REJECTION)) for name, shape in fixed.items()]
     yield from races(bench, [*coupled, *others], decodings=DECODINGS)
 
 

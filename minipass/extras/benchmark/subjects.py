@@ -11,7 +11,7 @@ import tiktoken
 import torch
 
 from minipass import losses, weights
-from minipass.auto import best_tree
+from minipass.auto import best_tree, likeliest_tree
 from minipass.chat import encode_chat
 from minipass.data import encode_documents, even_windows, read_documents, split_documents
 from minipass.model import GPT
@@ -89,9 +89,13 @@ class Bench:
     compared: list[Subject]
     place: tuple[torch.device, torch.dtype]
 
-    def tree(self, n_lookahead: int, n_drafts: int, subject: Subject | None = None) -> DraftTree:
-        """The tree of n_drafts nodes, at most n_lookahead deep, with the most accepted drafts for the subject."""
-        return best_tree((subject or self.subject).forced(self.options.data)["rank_accuracy"][:n_lookahead], n_drafts)
+    def tree(
+        self, n_lookahead: int, n_drafts: int, subject: Subject | None = None, *, fixed: bool = False
+    ) -> DraftTree:
+        """The tree of n_drafts nodes, at most n_lookahead deep, with the most accepted drafts for the subject, chosen
+        for each turn anew or, if fixed, once."""
+        accuracy = (subject or self.subject).forced(self.options.data)["rank_accuracy"][:n_lookahead]
+        return (best_tree if fixed else likeliest_tree)(accuracy, n_drafts)
 
     def prompts(self, text: str) -> list[Prompts]:
         """The prompts, always the same: windows of a corpus's held-out part, one or several at once, or requests to
