@@ -229,7 +229,8 @@ class Method:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise InputError(f"unknown rule {self.rule!r}; there are {', '.join(RULES)}")
-        if self.rule == REJECTION and any(shape.tree.keep for shape in self.largest):  # lengths are checked here, too
+        keeps_some = any(shape.tree.keep for shape in self.largest)  # InputError for lengths out of bounds
+        if keeps_some and self.rule == REJECTION:
             raise InputError("the rejection rule tests all drafts of a tree: it cannot keep the likeliest")
 
     def schedule(self, texts: Texts) -> Schedule:

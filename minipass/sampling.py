@@ -103,10 +103,10 @@ class Sampling:
     def race(self, given: Distribution, key: torch.Tensor, n: int) -> Distribution:
         """The first n tokens (..., n) of each race, as if drawn without replacement, and how sure each place was.
 
-        The largest probs / e wins, with e = -log(u), u each token's `uniform`; the others follow in order. Probabilities
-        need not be normalised. The numbers with the tokens are their shares of all speeds probs / e: 1 if no other
-        token runs. key (...): of the noise, not read at temperature 0, where the first n tokens of `given` come, the
-        likeliest, with their probabilities.
+        The largest probs / e wins, with e = -log(u), u each token's `uniform`; the others follow in order. The number
+        with each token is its share of all speeds probs / e. Probabilities need not be normalised. key (...): of the
+        noise. At temperature 0 it is not read: the first n of the given tokens come, the likeliest, with their
+        probabilities.
         """
         if self.temperature == 0:
             return Distribution(given.tokens[..., :n], given.probs[..., :n])

@@ -142,16 +142,12 @@ class Nodes(NamedTuple):
         sure = F.pad(sure.nan_to_num(0).clamp(0, 1 - 1e-9), (1, 0), value=1.0)  # (B, 1 + N)
         likely = torch.where(self.elsewhere, 1.0, sure[:, None]).prod(-1)  # (B, 1 + N)
         kept = likely.sort(dim=1, descending=True, stable=True).indices[:, : 1 + n_kept].sort(dim=1).values
-        number = self.number[: 1 + n_kept]
-        place = self.kept.expand(len(kept), -1).scatter(
-            1, kept, number.expand_as(kept)
-        )  # (B, 1 + N), their new numbers
+        number = self.number[: 1 + n_kept]  # the new numbers
+        place = self.kept.expand(len(kept), -1).scatter(1, kept, number.expand_as(kept))  # (B, 1 + N), old to new
         rows = torch.cat([kept, self.group_rows[kept].flatten(1)], dim=1)  # (B, R'): of the pass with all nodes
-        visible, depth, lookahead = self.layout.visible[0], self.layout.depth[0], self.layout.lookahead
+        visible, depth = self.layout.visible[0, rows[:, :, None], rows[:, None]], self.layout.depth[0, rows]
         return self._replace(
-            layout=Layout(
-                visible[rows[:, :, None], rows[:, None]], depth[rows], lookahead[: rows.shape[1] - len(number)]
-            ),
+            layout=Layout(visible, depth, self.layout.lookahead[: rows.shape[1] - 1 - n_kept]),
             number=number,
             elsewhere=self.elsewhere[0][kept[:, :, None], kept[:, None]],
             depth=self.depth[0, kept],
@@ -210,16 +206,8 @@ class Shape:
         nodes = range(len(rows))
         shared = (put([each]) for each in (drafts.depth, drafts.parents, nodes, paths))
         levels, by_rank = tuple(Level(*map(put, level)) for level in levels), tuple(map(put, by_rank))
-        return Nodes(
-            layout.to(device),
-            put(nodes),
-            ~visible[None].to(device),
-            *shared,
-            put(group_rows),
-            put(p_row),
-            by_rank,
-            levels,
-        )
+        numbers = [*shared, put(group_rows), put(p_row)]
+        return Nodes(layout.to(device), put(nodes), ~visible[None].to(device), *numbers, by_rank, levels)
 
 
 def pick(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -370,9 +370,8 @@ def test_drafts_are_drawn_from_what_the_look_ahead_rows_say_and_p_says_so(rule, 
                         expected = p.dense(11)[d] if d < depth else torch.zeros(11).double()
                         torch.testing.assert_close(result.drafts.p[row, node], expected)
                 stream = stream_keys(torch.tensor([2 + b]))[TARGET if rule == COUPLED else DRAFT]
-                ranked = sampling.race(
-                    p, mix(stream + len(text) + torch.arange(depth))[0], drafts.width
-                ).tokens  # (D, width)
+                keys = mix(stream + len(text) + torch.arange(depth))[0]
+                ranked = sampling.race(p, keys, drafts.width).tokens  # (D, width)
                 expected = [ranked[d - 1, rank] for d, rank in zip(drafts.depth[1:], drafts.rank, strict=True)]
                 assert result.drafts.tokens[row].tolist() == expected
                 n_compared += 1
