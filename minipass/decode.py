@@ -85,7 +85,8 @@ class Decoder:
         logits = self.model.logits(states if self.scores_candidates else states[:, :n_real])
         q = self.sampling.distribution(logits[:, :n_real])  # (B, 1 + N, K)
         # Accept drafts on a path from the root, and draw the token after them, the next root.
-        last, root = accept(nodes, drafts, q, self.sampling, keys.take_along_dim(nodes.depth[None], 2))  # (B,), (B,)
+        keys = keys.take_along_dim(nodes.depth[None], 2)  # (3, B, 1 + N)
+        last, root = accept(nodes, drafts, q, self.sampling, keys)  # (B,), (B,)
         n_accepted, node, way = (pick(each, last) for each in (nodes.depth, nodes.kept, nodes.path))  # .., (B, 1 + D)
         # Roll back: the cache keeps the root and the accepted drafts; the next turn overwrites what follows them.
         if shape.tree.width > 1:  # the rows of a chain are in their places

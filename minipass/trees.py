@@ -207,7 +207,7 @@ class Shape:
         shared = (put([each]) for each in (drafts.depth, drafts.parents, nodes, paths))
         levels, by_rank = tuple(Level(*map(put, level)) for level in levels), tuple(map(put, by_rank))
         numbers = [*shared, put(group_rows), put(p_row)]
-        return Nodes(layout.to(device), put(nodes), ~visible[None].to(device), *numbers, by_rank, levels)
+        return Nodes(layout.to(device), put(nodes), ~visible[None].to(device), *numbers, by_rank=by_rank, levels=levels)
 
 
 def pick(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -292,7 +292,7 @@ def test_one_exercise_is_graded_alone_and_says_what_to_look_at(tmp_path):
 def test_an_endless_loop_costs_points_of_its_exercise_and_those_that_need_it_say_so(tmp_path):
     write_code(tmp_path)
     fill_in(tmp_path, but=(4,))
-    plant(tmp_path / "minipass" / "sampling.py", placeholder(4, "Sampling.draw"), "while True: pass")
+    plant(tmp_path / "minipass" / "sampling.py", placeholder(4, "Sampling.race"), "while True: pass")
     plant(tmp_path / "minipass" / "sampling.py", placeholder(4, "uniform"), f"return key # {placeholder(4, 'uniform')}")
     plant(tmp_path / "tests" / "conftest.py", "SECONDS = 60", "SECONDS = 1")
     _, out = grade(tmp_path, "-k", "test_the_greedy_rule or test_n_tokens or test_a_parent_must")
@@ -365,10 +365,18 @@ MISTAKES = {
         "logits.topk(max(top_k, int((logits >= logits.topk(top_k)[0][..., -1:]).sum(-1).max())), dim=-1)",
     ),
     "n forgotten": (1, Sampling.distribution, "max(self.top_k, n)", "self.top_k"),
+    "greedy: the first of n has all": (
+        1, Sampling.distribution, "logits.double().softmax(-1).gather(-1, tokens)",
+        "torch.eye(1, n, dtype=torch.float64)[0].expand(tokens.shape)",
+    ),
+    "greedy: n tokens made to sum to 1": (
+        1, Sampling.distribution, "logits.double().softmax(-1).gather(-1, tokens)",
+        "logits.double().gather(-1, tokens).softmax(-1)",
+    ),
     "overflow": (1, Sampling.distribution, "logits - logits.amax(-1, keepdim=True)", "logits"),
     "accepts after a rejection": (
         6, accept, "right[:, None] | nodes.elsewhere",
-        "right[:, None] | ~torch.eye(len(nodes.depth), dtype=torch.bool)",
+        "right[:, None] | ~torch.eye(len(nodes.number), dtype=torch.bool)",
     ),
     "sorted, and taken for the vocabulary": (
         1, Sampling.distribution, "return Distribution(tokens, probs)",
@@ -430,7 +438,12 @@ MISTAKES = {
     "garbage seen": (3, KVCache.mask, "(0, self.max_len))", "(0, self.max_len), value=True)"),
     "cache not seen": (3, KVCache.mask, "(self.max_len, 0), value=True", "(self.max_len, 0), value=False"),
     "cache of the first text for all": (3, KVCache.mask, "- self.length)", "- self.length[:1].expand(3))"),
-    "mask upside down": (3, KVCache.mask, "layout.visible[0]", "layout.visible[0].T"),
+    "mask upside down": (3, KVCache.mask, "layout.visible,", "layout.visible.transpose(1, 2),"),
+    "layout of the first text for all": (3, KVCache.mask, "layout.visible,", "layout.visible[:1],"),
+    "layouts held": (
+        3, KVCache.mask, "if layout not in self.masks:",
+        "self.masks = dict(self.masks)\n    if layout not in self.masks:",
+    ),
     "first layer always": (3, KVCache.store, "self.pairs[layer]", "self.pairs[0]"),
     "slots of the first text for all": (3, KVCache.store, "[self.batch, slots]", "[self.batch, slots[:1]]"),
     "length moved": (
@@ -454,26 +467,37 @@ MISTAKES = {
     "can be 0": (4, uniform, "bits | 1", "bits"),
     "can be 1": (4, uniform, "(bits | 1).double()", "(bits.double() + 1)"),
     "24 bits": (4, uniform, "bits | 1", "bits >> 29 << 29 | 1 << 29"),
-    "a race in float32": (4, Sampling.draw, "given.tokens).log()", "given.tokens).float().log()"),
-    "a race of 1 - u": (4, Sampling.draw, "-uniform(key, given.tokens)", "-(1 - uniform(key, given.tokens))"),
+    "a race in float32": (4, Sampling.race, "given.tokens).log()", "given.tokens).float().log()"),
+    "a race of 1 - u": (4, Sampling.race, "-uniform(key, given.tokens)", "-(1 - uniform(key, given.tokens))"),
     "lower bits": (4, uniform, ">> 11", ">> 60"),
     "token not hashed": (4, uniform, "mix(key[..., None] + token)", "(mix(key[..., None]) + token)"),
     "key left out": (4, uniform, "key[..., None] + token", "0 * key[..., None] + token"),
     "noise of a slot": (
-        4, Sampling.draw, "given.tokens).log()",
+        4, Sampling.race, "given.tokens).log()",
         "torch.arange(given.tokens.shape[-1]).expand(given.tokens.shape)).log()",
     ),
-    "slot instead of token": (
-        4, Sampling.draw, "given.tokens.gather(-1, speed.argmax(-1, keepdim=True))", "speed.argmax(-1, keepdim=True)",
+    "slot instead of token": (4, Sampling.race, "given.tokens.gather(-1, first.indices)", "first.indices"),
+    "the likeliest follow": (4, Sampling.race, "speed.topk(n)", "given.probs.topk(n)"),
+    "the last come first": (
+        4, Sampling.race, "given.tokens.gather(-1, first.indices)", "given.tokens.gather(-1, first.indices).flip(-1)",
     ),
-    "the likeliest follow": (4, Sampling.draw, "speed.topk(n)", "given.probs.topk(n)"),
-    "a generator's random numbers": (4, Sampling.draw, "uniform(key, given.tokens)", "torch.rand_like(given.probs)"),
+    "shares of the first n alone": (4, Sampling.race, "speed.sum(-1,", "first.values.sum(-1,"),
+    "speeds for shares": (4, Sampling.race, "first.values / speed.sum(-1, keepdim=True)", "first.values"),
+    "probabilities for shares": (
+        4, Sampling.race, "first.values / speed.sum(-1, keepdim=True)", "given.probs.gather(-1, first.indices)",
+    ),
+    "shares of the first tokens given": (4, Sampling.race, "first.values /", "speed[..., :n] /"),
+    "greedy: shares of the first n alone": (
+        4, Sampling.race, "given.probs[..., :n]", "given.probs[..., :n] / given.probs[..., :n].sum(-1, keepdim=True)",
+    ),
+    "greedy: a race": (4, Sampling.race, "self.temperature == 0", "False"),
+    "a generator's random numbers": (4, Sampling.race, "uniform(key, given.tokens)", "torch.rand_like(given.probs)"),
     "the same random numbers at each call": (
-        4, Sampling.draw, "uniform(key, given.tokens)",
+        4, Sampling.race, "uniform(key, given.tokens)",
         "torch.rand(*key.shape, 10, generator=torch.Generator().manual_seed(0)).double().gather(-1, given.tokens)",
     ),
-    "one key for all rows": (4, Sampling.draw, "uniform(key,", "uniform(key[:1].expand(key.shape),"),
-    "noise of the place in the batch": (4, Sampling.draw, "uniform(key,", "uniform(mix(key + torch.arange(len(key))),"),
+    "one key for all rows": (4, Sampling.race, "uniform(key,", "uniform(key[:1].expand(key.shape),"),
+    "noise of the place in the batch": (4, Sampling.race, "uniform(key,", "uniform(mix(key + torch.arange(len(key))),"),
     "numbers of another row": (4, uniform, "(bits | 1)", "(bits.flip(0) | 1)"),
     "random numbers of its own": (5, reject, "u * p_draft", "torch.rand_like(u) * p_draft"),
     "tokens of q taken for the vocabulary": (5, reject, "p.gather(-1, q.tokens)", "p[..., :q.tokens.shape[-1]]"),
@@ -500,10 +524,12 @@ MISTAKES = {
     "p changed": (
         5, reject, "p / p.sum(-1, keepdim=True).clamp(min=1e-300)", "p.div_(p.sum(-1, keepdim=True).clamp(min=1e-300))",
     ),
-    "coupled: drawn after the node itself": (6, accept, "drawn[:, nodes.parents]", "drawn[:, 1:]"),
-    "coupled: drawn after the draft before": (6, accept, "drawn[:, nodes.parents]", "drawn[:, :-1]"),
+    "coupled: drawn after the node itself": (6, accept, "drawn.take_along_dim(nodes.parents, 1)", "drawn[:, 1:]"),
+    "coupled: drawn after the draft before": (6, accept, "drawn.take_along_dim(nodes.parents, 1)", "drawn[:, :-1]"),
+    "coupled: parents of the first text for all": (6, accept, "nodes.parents, 1)", "nodes.parents[:1], 1)"),
+    "paths of the first text for all": (6, accept, "| nodes.elsewhere)", "| nodes.elsewhere[:1])"),
     "noise of another stream": (6, accept, "keys[TARGET]", "keys[TARGET + 1]"),
-    "noise of the root for all": (6, accept, "keys[TARGET]", "keys[TARGET, :, :1].expand(-1, len(nodes.depth))"),
+    "noise of the root for all": (6, accept, "keys[TARGET]", "keys[TARGET, :, :1].expand(-1, len(nodes.number))"),
     "next token from q": (6, accept, "q = Distribution(q.tokens, left)", "pass"),
     "siblings all against the same q": (
         6, accept, "left[:, parents], p[:, parents] = reject", "left[:, parents], _ = reject",
@@ -560,20 +586,32 @@ MISTAKES = {
     "told the token after": (8, DraftHead.forward, "[hidden, before]", "[hidden, before.roll(-1, 0)]"),
     "hidden changed": (8, DraftHead.forward, "return hidden +", "return hidden.add_(0.0).mul_(1.0).add_(1e-3) +"),
     "a chain in place of the tree": (
-        9, Decoder.turn, "shape.on(",
-        "Shape(chain(min(len(shape.tree.parents), shape.n_lookahead)), shape.n_lookahead).on(",
+        9, Decoder.turn, "self.draft(shape,",
+        "self.draft(Shape(chain(shape.tree.depth[-1]), shape.n_lookahead),",
     ),
-    "groups complete": (9, Decoder.turn, "shape.on(", "Shape(DraftTree(shape.tree.parents), shape.n_lookahead).on("),
-    "children without their parents": (9, Decoder.turn, "(self.device, self.by_parent)", "(self.device)"),
+    "groups complete": (
+        9, Decoder.turn, "self.draft(shape,",
+        "self.draft(Shape(DraftTree(shape.tree.parents, keep=shape.tree.keep), shape.n_lookahead),",
+    ),
+    "all nodes of the tree": (
+        9, Decoder.turn, "rows = torch.cat",
+        "nodes = shape.on(self.device, self.by_parent)\n    rows = torch.cat",
+    ),
+    "depths of the first text for all": (9, Decoder.turn, "nodes.depth[None]", "nodes.depth[None, :1]"),
+    "last nodes in the first text's tree": (9, Decoder.turn, "pick(each, last)", "pick(each[:1], last)"),
+    "nodes numbered among those kept": (9, Decoder.turn, "nodes.kept, nodes.path", "nodes.number[None], nodes.path"),
+    "the host is told numbers among those kept": (
+        9, Decoder.turn, "[n_accepted, node, root]", "[n_accepted, last, root]",
+    ),
     "candidates not handed on": (
         9, Decoder.turn, "logits[batch, group] if self.scores_candidates else logits[:, :0]", "logits[:, :0]",
     ),
     "candidates of the root": (9, Decoder.turn, "logits[batch, group] if", "logits[batch, group * 0] if"),
     "rejection: noise of the root for all nodes": (
-        9, Decoder.turn, "keys[..., nodes.depth]",
-        "keys[..., nodes.depth if self.rule == COUPLED else nodes.depth * 0]",
+        9, Decoder.turn, "nodes.depth[None]",
+        "(nodes.depth if self.rule == COUPLED else nodes.depth * 0)[None]",
     ),
-    "noise by node": (9, Decoder.turn, "nodes.depth])", "nodes.number.clamp(max=keys.shape[-1] - 1)])"),
+    "noise by node": (9, Decoder.turn, "nodes.depth[None]", "nodes.number.clamp(max=keys.shape[-1] - 1)[None, None]"),
     "length by node": (9, Decoder.turn, "(1 + n_accepted)", "(1 + last)"),
     "length of the first text": (9, Decoder.turn, "(1 + n_accepted)", "(1 + n_accepted[:1])"),
     "targets of the rows after": (
@@ -585,11 +623,11 @@ MISTAKES = {
     "nothing rolled back": (9, Decoder.turn, "1 + n_accepted)", "rows.shape[1])"),
     "accepted path not contiguous": (9, Decoder.turn, "self.cache.gather(way)", "pass"),
     "ended texts grow": (9, Decoder.turn, "self.active * (1 + n_accepted)", "1 + n_accepted"),
-    "noise of the root for all nodes": (9, Decoder.turn, "keys[..., nodes.depth]", "keys[..., nodes.depth * 0]"),
+    "noise of the root for all nodes": (9, Decoder.turn, "nodes.depth[None]", "nodes.depth[None] * 0"),
     "copied drafts ignored": (9, Decoder.turn, "keys, copied)", "keys, None)"),
-    "the host is told one more": (9, Decoder.turn, "[n_accepted, last, root]", "[n_accepted + 1, last, root]"),
+    "the host is told one more": (9, Decoder.turn, "[n_accepted, node, root]", "[n_accepted + 1, node, root]"),
     "the host is told the first drafts": (9, Decoder.turn, "rows.gather(1, way[:, 1:])", "rows[:, 1:way.shape[1]]"),
-    "new root for the token before it": (9, Decoder.turn, "rows.gather(1, last[:, None])[:, 0]", "root"),
+    "new root for the token before it": (9, Decoder.turn, "pick(rows, last)", "root"),
     "two passes": (
         9, Decoder.turn, "states = ",
         "self.model.hidden(rows, Shape(shape.tree).on(self.device).layout, self.cache); states = ",
@@ -653,7 +691,10 @@ def test_a_wrong_solution_loses_points_with_a_message_that_helps(mistake, monkey
 
 
 @pytest.mark.parametrize(("mistake", "n_points"), {
-    "mask in float32": 1, "sign kept": 3, "position from 1": 1, "residual not normalised": 2, "p changed": 1,
+    "mask in float32": 1, "layout of the first text for all": 1, "shares of the first n alone": 1,
+    "greedy: n tokens made to sum to 1": 1, "coupled: parents of the first text for all": 1,
+    "last nodes in the first text's tree": 1, "all nodes of the tree": 1,
+    "sign kept": 3, "position from 1": 1, "residual not normalised": 2, "p changed": 1,
     "accepts after a rejection": 3, "next token from q": 4, "q changed": 2, "p used up": 2,
     "accepted path not contiguous": 3, "the host is told one more": 2, "the host is told the first drafts": 2,
 }.items())  # fmt: skip

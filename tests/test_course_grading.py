@@ -48,15 +48,14 @@ def outcomes(number: int, files: dict, seed: int = 1, seconds: float = 100.0) ->
 
 RIGHT = {
     "top-p by sorting and putting back, float64 logits": (1, "sampling.py", "Sampling.distribution", """
-        if self.temperature == 0:
-            tokens = logits.topk(n, dim=-1)[1]
-            first = torch.zeros(tokens.shape, dtype=torch.float64)
-            first[..., 0] = 1
-            return Distribution(tokens, first)
         size = logits.shape[-1]
-        keep = min(size, max(self.top_k or size, n))
-        order = logits.double().argsort(dim=-1, descending=True)[..., :keep]
+        order = logits.double().argsort(dim=-1, descending=True)
         weights = torch.gather(logits.double(), -1, order)
+        if self.temperature == 0:
+            probs = torch.ones_like(weights) if n == 1 else weights.softmax(-1)
+            return Distribution(order[..., :n], probs[..., :n])
+        keep = min(size, max(self.top_k or size, n))
+        order, weights = order[..., :keep], weights[..., :keep]
         weights = ((weights - weights[..., :1]) / self.temperature).exp()
         probs = weights / weights.sum(-1, keepdim=True)
         if self.top_p is not None:
@@ -69,7 +68,8 @@ RIGHT = {
         values, tokens = logits.double().sort(-1, descending=True)
         size = logits.shape[-1]
         if self.temperature == 0:
-            return Distribution(tokens, (torch.arange(size) == 0).double().expand(tokens.shape))
+            first = (torch.arange(size) == 0).double().expand(tokens.shape)
+            return Distribution(tokens, first if n == 1 else values.softmax(-1))
         size = min(size, max(self.top_k or size, n))
         probs = ((values[..., :size] - values[..., :1]) / self.temperature).softmax(-1)
         if self.top_p is not None:
@@ -83,8 +83,7 @@ RIGHT = {
         for row in logits.reshape(-1, size).double():
             values, tokens = row.topk(keep)
             if self.temperature == 0:
-                probs = torch.zeros(keep, dtype=torch.float64)
-                probs[0] = 1
+                probs = values.exp() / values.exp() if n == 1 else values.exp() / row.exp().sum()
             else:
                 probs = torch.softmax((values - values[0]) / self.temperature, 0)
                 if self.top_p is not None:
@@ -135,7 +134,7 @@ RIGHT = {
         mask = torch.full((len(self.length), n_rows, self.max_len), -float("inf"), dtype=self.pairs.dtype)
         for b, length in enumerate(self.length.tolist()):
             mask[b, :, :length] = 0
-            mask[b, :, length : length + n_rows].masked_fill_(layout.visible[0], 0)
+            mask[b, :, length : length + n_rows].masked_fill_(layout.visible[b if len(layout.visible) > 1 else 0], 0)
         return mask
         """),
     "store text by text": (3, "model.py", "KVCache.store", """
@@ -151,20 +150,18 @@ RIGHT = {
         hashed = mix(mix(key.unsqueeze(-1) + token))
         return (((hashed >> 12) & ((1 << 52) - 1)).to(torch.float64) + 0.5) / (1 << 52)
         """),
-    "one race at all temperatures": (4, "sampling.py", "Sampling.draw", """
+    "one race at all temperatures": (4, "sampling.py", "Sampling.race", """
         time = -uniform(key, given.tokens).log() / given.probs
-        if n is None:
-            return given.tokens.gather(-1, time.argmin(-1, keepdim=True))[..., 0]
         order = time.argsort(-1) if self.temperature else torch.arange(time.shape[-1]).expand(time.shape)
-        return given.tokens.gather(-1, order[..., :n])
+        shares = (1 / time) / (1 / time).sum(-1, keepdim=True) if self.temperature else given.probs
+        return Distribution(*(each.gather(-1, order[..., :n]) for each in (given.tokens, shares)))
         """),
-    "Gumbel noise": (4, "sampling.py", "Sampling.draw", """
+    "Gumbel noise": (4, "sampling.py", "Sampling.race", """
         if self.temperature == 0:
-            return given.tokens[..., 0] if n is None else given.tokens[..., :n]
-        gumbel = -(-uniform(key, given.tokens).log()).log()
-        order = (given.probs.log() + gumbel).argsort(-1, descending=True)
-        drawn = given.tokens.gather(-1, order)
-        return drawn[..., 0] if n is None else drawn[..., :n]
+            return Distribution(*(each[..., :n] for each in given))
+        scores = given.probs.log() - (-uniform(key, given.tokens).log()).log()
+        order = scores.argsort(-1, descending=True)[..., :n]
+        return Distribution(given.tokens.gather(-1, order), scores.softmax(-1).gather(-1, order))
         """),
     "reject over the whole vocabulary": (5, "sampling.py", "reject", """
         size = p.shape[-1]
@@ -181,15 +178,16 @@ RIGHT = {
         """),
     "acceptance node by node": (6, "trees.py", "accept", """
         n_batch, n_nodes = q.tokens.shape[:2]
-        parents, rejects = nodes.parents.tolist(), drafts.p is not None
+        parents, rejects, text = nodes.parents.expand(n_batch, -1), drafts.p is not None, torch.arange(n_batch)
         reached = torch.zeros(n_batch, dtype=torch.int64)
         left = q.probs.clone()
         p = drafts.p.clone() if rejects else None
         drawn = None if rejects else sampling.draw(q, keys[TARGET])
         for node in range(1, n_nodes):
-            parent, token = parents[node - 1], drafts.tokens[:, node - 1]
+            parent, token = parents[:, node - 1], drafts.tokens[:, node - 1]
             here = reached == parent
             if rejects:
+                parent = int(parent[0])
                 u = uniform(keys[ACCEPTANCE, :, parent], token[:, None])
                 each = Distribution(q.tokens[:, parent, None], left[:, parent, None])
                 fits, after, p_after = reject(token[:, None], p[:, parent, None], each, u)
@@ -197,11 +195,11 @@ RIGHT = {
                 p[:, parent] = p_after[:, 0]
                 fits = fits[:, 0]
             else:
-                fits = token == drawn[:, parent]
+                fits = token == drawn[text, parent]
             reached = torch.where(here & fits, torch.full_like(reached, node), reached)
         if rejects:
             drawn = sampling.draw(Distribution(q.tokens, left), keys[TARGET])
-        return reached, drawn[torch.arange(n_batch), reached]
+        return reached, drawn[text, reached]
         """),
     "keys text by text": (7, "decode.py", "Decoder.noise", """
         keys = torch.empty(3, len(self.start), depth + 1, dtype=torch.int64)
@@ -218,23 +216,25 @@ RIGHT = {
         return self.c_proj(nn.GELU("tanh")(inner)).add(hidden)
         """),
     "the turn, always gathering": (9, "decode.py", "Decoder.turn", """
-        nodes = shape.on(self.device, self.by_parent)
         keys = self.noise(max(shape.tree.depth))
-        drafts = self.draft(shape.tree, nodes, handed, keys, copied)
+        nodes, drafts = self.draft(shape, handed, keys, copied)
         tokens = torch.cat((handed.root.unsqueeze(1), drafts.tokens), 1)
         hidden = self.model.hidden(tokens, nodes.layout, self.cache)
         logits = self.model.logits(hidden)
         q = self.sampling.distribution(logits[:, : tokens.shape[1]])
-        last, root = accept(nodes, drafts, q, self.sampling, keys[:, :, nodes.depth])
-        self.cache.gather(nodes.path[last])
-        n = nodes.depth[last]
+        n_texts, one = len(tokens), torch.arange(len(tokens))
+        depth, kept, path = (t.expand(n_texts, *t.shape[1:]) for t in (nodes.depth, nodes.kept, nodes.path))
+        last, root = accept(nodes, drafts, q, self.sampling, keys[:, one[:, None], depth])
+        n, way = depth[one, last], path[one, last]
+        self.cache.gather(way)
         self.cache.length = torch.where(self.active, self.cache.length + 1 + n, self.cache.length)
-        rows, one = nodes.group_rows[last], torch.arange(len(last))
+        rows = nodes.group_rows[last]
         ahead = torch.stack([hidden[b, rows[b]] for b in range(len(last))])
         logits = logits[one[:, None], rows] if self.scores_candidates else logits[:, :0]
         handed = Handed(root, tokens[one, last], ahead, logits)
-        way = torch.gather(tokens, 1, nodes.path[last])[:, 1:]
-        return Result(drafts, q, last, handed, torch.cat([n[:, None], last[:, None], root[:, None], way], 1))
+        told = torch.stack([n, kept[one, last], root], 1)
+        told = torch.cat([told, torch.gather(tokens, 1, way)[:, 1:]], 1)
+        return Result(drafts, q, kept[one, last], handed, told, kept)
         """),
     "Algorithm 1 as a loop": (10, "decode.py", "TwoPass.schedule", """
         while True:

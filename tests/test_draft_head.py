@@ -19,14 +19,14 @@ from conftest import (
 )
 
 from minipass import decode, trees, weights
-from minipass.decode import Decoder, Engine, Fused, Handed, TwoPass
+from minipass.decode import Decoder, Engine, Fused, TwoPass
 from minipass.errors import InputError
 from minipass.extras.course.test_exercises import SlowHead
 from minipass.layout import path, with_groups
 from minipass.losses import lookahead_loss, random_cuts, training_pass
 from minipass.model import GPT
 from minipass.sampling import COUPLED, REJECTION, Sampling
-from minipass.trees import DraftTree, Shape, chain
+from minipass.trees import Drafts, DraftTree, Shape, chain
 
 CPU = torch.device("cpu")
 
@@ -60,8 +60,8 @@ def test_the_children_of_each_node_are_drawn_from_the_p_of_their_own_parents_tok
     decoder = Decoder([headed], Sampling(0.9), REJECTION, 4, 60)
     handed = decoder.begin([[1, 2], [3], [4, 5, 6], [7]], [0] * 4, [5, 6, 7, 8])
     hidden = torch.randn(4, tree.depth[-1], 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    nodes, keys = Shape(tree, 3).on(CPU, True), decoder.noise(tree.depth[-1])
-    drafts = decoder.draft(tree, nodes, Handed(handed.root, handed.before, hidden, headed.logits(hidden)), keys, None)
+    handed, keys = handed._replace(hidden=hidden, logits=headed.logits(hidden)), decoder.noise(tree.depth[-1])
+    _, drafts = decoder.draft(Shape(tree, 3), handed, keys, None)
     for b in range(4):
         tokens = [handed.root[b].item(), *drafts.tokens[b].tolist()]
         for node in set(tree.parents):
@@ -103,8 +103,8 @@ def test_of_a_large_vocabulary_the_head_weighs_the_likeliest_tokens_without_it(h
     decoder = Decoder([headed], Sampling(0.9), REJECTION, 2, 60)
     handed = decoder.begin([[1, 2], [3]], [0] * 2, [5, 6])
     hidden = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    nodes, keys = Shape(TREE, 3).on(CPU, True), decoder.noise(3)
-    drafts = decoder.draft(TREE, nodes, Handed(handed.root, handed.before, hidden, headed.logits(hidden)), keys, None)
+    handed, keys = handed._replace(hidden=hidden, logits=headed.logits(hidden)), decoder.noise(3)
+    _, drafts = decoder.draft(Shape(TREE, 3), handed, keys, None)
     for b in range(2):
         tokens = [handed.root[b].item(), *drafts.tokens[b].tolist()]
         for node in set(TREE.parents):
@@ -157,17 +157,20 @@ def swapped(nodes: trees.Nodes, tree: DraftTree) -> trees.Nodes:
 
 @pytest.mark.parametrize("method", ["fused", "tree"])
 def test_drafts_that_are_told_another_token_than_p_assumes_are_caught(method, tiny, monkeypatch):
-    original = Decoder.draft
+    draft, on = Decoder.draft, Shape.on
 
-    def draft(decoder, tree, nodes, handed, keys, copied):
+    def blind(*arguments):
+        nodes = on(*arguments)
+        return nodes._replace(levels=tuple(level._replace(parents=level.parents * 0) for level in nodes.levels))
+
+    def draft_with_another_p(*arguments):
         """p is that of drafts which all know the root alone, as if nothing had been drawn after it."""
-        made = original(decoder, tree, nodes, handed, keys, copied)
-        if made.p is None:
-            return made
-        blind = nodes._replace(levels=tuple(level._replace(parents=level.parents * 0) for level in nodes.levels))
-        return made._replace(p=original(decoder, tree, blind, handed, keys, copied).p)
+        nodes, made = draft(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(Shape, "on", blind)
+            return nodes, Drafts(made.tokens, draft(*arguments)[1].p)
 
-    monkeypatch.setattr(Decoder, "draft", draft)
+    monkeypatch.setattr(Decoder, "draft", draft_with_another_p)
     assert p_value(tiny, REJECTING[method]) < 1e-6
 
 

@@ -270,16 +270,16 @@ def bonus_from_the_wrong_place(original, nodes, drafts, q, sampling, keys):
 
 def top_k_in_the_drafts_alone(original, decoder, *arguments):
     """Draws drafts with top-k and tells the rule a p without it."""
-    drafts, truncated = original(decoder, *arguments), decoder.sampling
+    (nodes, drafts), truncated = original(decoder, *arguments), decoder.sampling
     decoder.sampling = replace(truncated, top_k=None)
-    p, decoder.sampling = original(decoder, *arguments).p, truncated
-    return Drafts(drafts.tokens, p)
+    p, decoder.sampling = original(decoder, *arguments)[1].p, truncated
+    return nodes, Drafts(drafts.tokens, p)
 
 
 def p_of_another_place(original, *arguments):
     """All p are that of the first draft."""
-    drafts = original(*arguments)
-    return drafts if drafts.p is None else Drafts(drafts.tokens, drafts.p[:, :1].expand(drafts.p.shape))
+    nodes, drafts = original(*arguments)
+    return nodes, drafts if drafts.p is None else Drafts(drafts.tokens, drafts.p[:, :1].expand(drafts.p.shape))
 
 
 BUGS = {
@@ -338,8 +338,8 @@ def test_top_k_in_the_target_alone_leaves_the_distribution_and_none_in_it_is_cau
 
     def draft_with(sampling, original, decoder, *arguments):
         own, decoder.sampling = decoder.sampling, sampling
-        drafts, decoder.sampling = original(decoder, *arguments), own
-        return drafts
+        made, decoder.sampling = original(decoder, *arguments), own
+        return made
 
     patch(Decoder, "draft", partial(draft_with, Sampling(0.8)))
     assert min(p_values(engine((method, REJECTION), *tiny, truncated))) > 1e-4

@@ -101,7 +101,7 @@ def trees(bench: Bench) -> Tables:
     after the other."""
     depth, sizes = bench.subject.model.config.n_lookahead, (2, 4, 8, 16, 32)
     chosen = {f"tree of {n}": bench.tree(depth, n) for n in sizes}
-    fixed = {f"chain of {n}": n for n in sizes[:2]}
+    fixed = {f"chain of {n}": n for n in sizes if n <= min(depth, 4)}
     fixed |= {f"fixed tree of {n}": bench.tree(depth, n, fixed=True) for n in sizes}
     coupled = [Contender(name, Fused(shape)) for name, shape in (chosen | fixed).items()]
     others = [Contender(f"{name}, rejection", Fused(shape, REJECTION)) for name, shape in fixed.items()]

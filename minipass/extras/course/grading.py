@@ -33,7 +33,7 @@ EXERCISES = {
     1: Exercise("Distributions", 8, (), (("sampling.py", "Sampling.distribution"),)),
     2: Exercise("Mask and positions", 10, (), (("layout.py", "tree"), ("layout.py", "with_groups"))),
     3: Exercise("The cache", 8, (), tuple(("model.py", f"KVCache.{name}") for name in ("mask", "store", "gather"))),
-    4: Exercise("Noise and the race", 8, (), (("sampling.py", "uniform"), ("sampling.py", "Sampling.draw"))),
+    4: Exercise("Noise and the race", 8, (), (("sampling.py", "uniform"), ("sampling.py", "Sampling.race"))),
     5: Exercise("The acceptance rule", 10, (), (("sampling.py", "reject"),)),
     6: Exercise("Acceptance along a tree", 12, (2, 4, 5), (("trees.py", "accept"),)),
     7: Exercise("The coupled rule", 4, (), (("decode.py", "Decoder.noise"),)),

@@ -13,6 +13,7 @@ from functools import lru_cache
 from itertools import chain as in_turn
 from itertools import islice, permutations, product, repeat
 from unittest.mock import patch
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -126,9 +127,10 @@ def test_temperature_divides_the_logits():
         result = probabilities(logits, temperature=temperature)
         assert close(result, expected, 1e-9), "not softmax(logits / temperature) over the last dimension, in float64"
     for settings in ((0.0,), (1.0,), (1.0, 2), (1.0, None, 0.5)):
-        given = Sampling(*settings).distribution(logits.bfloat16())
-        assert given.probs.dtype == torch.float64, "probs should be float64, whatever the logits are in"
-        assert given.tokens.dtype == torch.int64, "tokens should be int64"
+        for n in (1, 3):
+            given = Sampling(*settings).distribution(logits.bfloat16(), n)
+            assert given.probs.dtype == torch.float64, "probs should be float64, whatever the logits are in"
+            assert given.tokens.dtype == torch.int64, "tokens should be int64"
 
 
 @exercise_1(1)
@@ -139,7 +141,10 @@ def test_temperature_0_is_greedy():
     assert sorted(probs[1].tolist()) == [0, 0, 0, 1], "at temperature 0 a tie should go to one token, not be shared"
     three = Sampling(0.0).distribution(logits, 3)
     assert three.tokens[0, :3].tolist() == [1, 2, 0], "at temperature 0, n: the n likeliest tokens, the likeliest first"
-    assert three.probs[:, :3].tolist() == [[1, 0, 0]] * 2, "at temperature 0 all but the first token have probability 0"
+    expected = logits.double().softmax(-1).gather(-1, three.tokens)
+    assert close(three.probs, expected, 1e-9), (
+        "at temperature 0, n above 1: each token should have its probability at temperature 1, among all tokens"
+    )
 
 
 @exercise_1(1)
@@ -220,6 +225,13 @@ def slow_layout(parents: Sequence[int], lookahead: Sequence[int] = ()) -> Layout
     return Layout(visible, visible.sum(-1) - 1, torch.tensor(lookahead, dtype=torch.int64))
 
 
+def slow_layouts(parents: Sequence[Sequence[int]], lookahead: Sequence[int] = ()) -> Layout:
+    """Each text's own."""
+    each = [slow_layout(rows, lookahead) for rows in parents]
+    visible, depth, (numbers, *_) = zip(*((one.visible, one.depth, one.lookahead) for one in each), strict=True)
+    return Layout(torch.cat(visible), torch.cat(depth), numbers)
+
+
 def causal(n_rows: int, n_lookahead: int = 0) -> Layout:
     """A path whose last rows are [LA]_1, [LA]_2, .."""
     return slow_layout(range(-1, n_rows + n_lookahead - 1), range(n_lookahead))
@@ -230,9 +242,7 @@ def right_layouts() -> Iterator[None]:
     """`with_groups` is graded with a `tree` that is right."""
 
     def tree(parents: Sequence[int] | np.ndarray, lookahead: Sequence[int] | np.ndarray = ()) -> Layout:
-        each = [slow_layout(rows, np.asarray(lookahead).tolist()) for rows in np.atleast_2d(parents).tolist()]
-        visible, depth, (numbers, *_) = zip(*((one.visible, one.depth, one.lookahead) for one in each), strict=True)
-        return Layout(torch.cat(visible), torch.cat(depth), numbers)
+        return slow_layouts(np.atleast_2d(parents).tolist(), np.asarray(lookahead).tolist())
 
     with patch.object(layouts, "tree", tree):
         yield
@@ -382,7 +392,7 @@ def test_every_row_sees_what_is_in_the_cache():
             )
 
 
-@exercise_3(2)
+@exercise_3(1)
 def test_rows_see_each_other_as_the_layout_says_and_nothing_after_them():
     cache = ragged_cache()
     for lengths, layout in product(([4, 0, 2], [0, 4, 3]), LAYOUTS):
@@ -394,6 +404,22 @@ def test_rows_see_each_other_as_the_layout_says_and_nothing_after_them():
             assert torch.equal(own, layout.visible[0]), "this pass's slots should be seen as the layout says"
             after = mask[b, :, length + n_rows :]
             assert (after == -torch.inf).all(), "slots after this pass hold garbage: no row should see them"
+
+
+@exercise_3(1)
+def test_each_text_may_have_a_layout_of_its_own():
+    cache = ragged_cache()
+    for seed in (3, 39, 75, 2, 1):
+        layout = slow_layouts([random_parents(seed + 12 * b) for b in range(3)])
+        mask, n_rows = cache.mask(layout), layout.visible.shape[1]
+        for b, length in enumerate(cache.length.tolist()):
+            own = mask[b, :, length : length + n_rows] == 0
+            assert torch.equal(own, layout.visible[b]), (
+                "a layout's first dimension may be B: each text then has its own, which may be another one at each call"
+            )
+        held = ref(layout)
+        del layout
+        assert held() is None, "a turn may bring a new layout: `masks` should not hold one that is gone (weak keys)"
 
 
 @exercise_3(2)
@@ -481,7 +507,7 @@ def spread(probs: list[float], tokens: list[int], n: int = N) -> Distribution:
 
 @contextmanager
 def right_noise() -> Iterator[None]:
-    """`Sampling.draw` is graded with a `uniform` that is right."""
+    """`Sampling.race` is graded with a `uniform` that is right."""
 
     def uniform(key: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         return ((mix(key[..., None] + token) >> 11) % 2**53 | 1).double() * 2.0**-53
@@ -490,27 +516,34 @@ def right_noise() -> Iterator[None]:
         yield
 
 
+def first(n: int, given: Distribution, keys: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """The first n tokens of each race, (..., n)."""
+    race = Sampling(temperature).race(given, keys, n)
+    assert race.tokens.shape == race.probs.shape == (*keys.shape, n), (
+        "a race should give n tokens of each distribution, and a number with each: (..., n)"
+    )
+    return race.tokens
+
+
 @exercise_4(2)
 @right_noise()
 def test_a_token_is_drawn_with_its_probability():
     probs, tokens = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2], dtype=torch.float64), [3, 0, 4, 2, 1]
     for scale in (1.0, 0.01, 20.0):
-        drawn = Sampling(1.0).draw(spread((scale * probs).tolist(), tokens), random_keys(N))
-        assert drawn.shape == (N,), "without n, one token should be drawn of each distribution: (...)"
-        counts = torch.bincount(drawn, minlength=5)[torch.tensor(tokens)]
+        drawn = first(1, spread((scale * probs).tolist(), tokens), random_keys(N))
+        counts = torch.bincount(drawn[:, 0], minlength=5)[torch.tensor(tokens)]
         assert like(counts, probs), "tokens are not drawn with their probabilities (which may have any sum)"
     some, keys = spread([0.5, 0.3, 0.2], [0, 1, 2], 60), random_keys(60)
-    drawn = Sampling(1.0).draw(some, keys)
+    drawn = first(1, some, keys)
     assert len(drawn.unique()) == 3, "each row should have the noise of its own key"
     for row, key in enumerate(keys):  # as texts that are decoded alone do, call after call
-        alone = Sampling(1.0).draw(Distribution(some.tokens[:1], some.probs[:1]), key[None])
+        alone = first(1, Distribution(some.tokens[:1], some.probs[:1]), key[None])
         assert alone == drawn[row], (
             "a draw should depend on its own key alone: not on its place in the batch, and not on the calls before"
         )
-    likeliest = Sampling(0.0).draw(spread([1.0, 0.0], [3, 1], 2), keys[:2])
-    assert likeliest.tolist() == [3, 3], "at temperature 0 the first token should come, without noise"
-    two = Sampling(0.0).draw(spread([1.0, 0.0, 0.0], [3, 1, 2], 60), keys, 2)
-    assert two.tolist() == [[3, 1]] * 60, "at temperature 0 the first n tokens should come, without noise"
+    for n in (1, 2):
+        greedy = first(n, spread([0.5, 0.3, 0.2], [3, 1, 2], 60), keys, temperature=0.0)
+        assert greedy.tolist() == [[3, 1][:n]] * 60, "at temperature 0 the first n tokens should come, without noise"
 
 
 def agreement(p: Sequence[float], q: Sequence[float]) -> float:
@@ -519,17 +552,16 @@ def agreement(p: Sequence[float], q: Sequence[float]) -> float:
     return sum(1 / sum(max(p[y] / p[x], q[y] / q[x]) for y in range(len(p))) for x in tokens)
 
 
-@exercise_4(2)
+@exercise_4(1)
 @right_noise()
 def test_the_same_noise_makes_similar_distributions_draw_the_same_token():
     p, q, keys = [0.5, 0.3, 0.1, 0.1], [0.3, 0.35, 0.3, 0.05], random_keys(N)
-    first = Sampling(1.0).draw(spread(p, [0, 1, 2, 3]), keys)
-    order = [2, 0, 3, 1]
-    again = Sampling(1.0).draw(spread([p[i] for i in order], order), keys)
-    assert torch.equal(first, again), "the noise is a token's own: it should not matter where in the list a token is"
-    other = Sampling(1.0).draw(spread([q[i] for i in order], order), keys)
+    drawn, order = first(1, spread(p, [0, 1, 2, 3]), keys), [2, 0, 3, 1]
+    again = first(1, spread([p[i] for i in order], order), keys)
+    assert torch.equal(drawn, again), "the noise is a token's own: it should not matter where in the list a token is"
+    other = first(1, spread([q[i] for i in order], order), keys)
     agree = agreement(p, q)
-    counts = torch.bincount((first == other).long(), minlength=2)
+    counts = torch.bincount((drawn == other)[:, 0].long(), minlength=2)
     expected = torch.tensor([1 - agree, agree], dtype=torch.float64)
     assert like(counts, expected), "in a race with one noise, p and q should draw the same token as often as can be"
     probs, left = random(60, 4) + 0.1, (shuffled(60, 4) + 1).double() * 2.0**-40  # 1 - u, which float32 would make 0
@@ -538,9 +570,9 @@ def test_the_same_noise_makes_similar_distributions_draw_the_same_token():
         return 1 - left.gather(-1, token)
 
     with patch.object(noise, "uniform", uniform):
-        drawn = Sampling(1.0).draw(Distribution(shuffled(60, 4, seed=1), probs), keys[:60])
+        drawn = first(1, Distribution(shuffled(60, 4, seed=1), probs), keys[:60])
     order = shuffled(60, 4, seed=1)
-    expected = order.gather(-1, (probs / left.gather(-1, order)).argmax(-1, keepdim=True))[:, 0]
+    expected = order.gather(-1, (probs / left.gather(-1, order)).argmax(-1, keepdim=True))
     assert torch.equal(drawn, expected), "the largest probs / e should win, e = -log(u) in float64, u the token's own"
 
 
@@ -549,21 +581,37 @@ def test_the_same_noise_makes_similar_distributions_draw_the_same_token():
 def test_n_tokens_are_drawn_without_replacement():
     probs, tokens, keys = [0.45, 0.3, 0.0, 0.25], [2, 0, 3, 1], random_keys(N)
     for n in (2, 3):
-        drawn = Sampling(1.0).draw(spread(probs, tokens), keys, n)
-        assert drawn.shape == (N, n), "n tokens should be drawn of each distribution: (..., n)"
+        drawn = first(n, spread(probs, tokens), keys)
         expected = torch.zeros([4] * n, dtype=torch.float64)
         for order in permutations(range(4), n):
             left = [1 - sum(probs[i] for i in order[:rank]) for rank in range(n)]
             expected[tuple(tokens[i] for i in order)] = math.prod(probs[i] for i in order) / math.prod(left)
         counts = torch.bincount((drawn * 4 ** torch.arange(n - 1, -1, -1)).sum(1), minlength=4**n)
         assert like(counts, expected.flatten()), "n tokens should be those that win the race, the second, and so on"
-        one = Sampling(1.0).draw(spread(probs, tokens), keys)
-        assert torch.equal(drawn[:, 0], one), "the first of n tokens should be the one that is drawn without n"
+        one = first(1, spread(probs, tokens), keys)
+        assert torch.equal(drawn[:, :1], one), "the first of n tokens should be the one that comes for n = 1"
     given, keys = spread(probs, tokens, 60), random_keys(60)
-    drawn, expected = Sampling(1.0).draw(given, keys, 1), Sampling(1.0).draw(given, keys)
-    assert torch.equal(drawn, expected[:, None]), "1 of n: the shape should be (..., 1)"
-    drawn = Sampling(1.0).draw(Distribution(*(each.view(20, 3, 4) for each in given)), keys.view(20, 3))
-    assert torch.equal(drawn, expected.view(20, 3)), "there may be more dimensions: tokens (B, n, K), keys (B, n)"
+    drawn = first(2, Distribution(*(each.view(20, 3, 4) for each in given)), keys.view(20, 3))
+    expected = first(2, given, keys).view(20, 3, 2)
+    assert torch.equal(drawn, expected), "there may be more dimensions: tokens (B, m, K), keys (B, m)"
+
+
+@exercise_4(1)
+@right_noise()
+def test_a_place_in_the_race_comes_with_its_share_of_all_speeds():
+    probs, keys = random(60, 5).where(random(60, 5, seed=1) < 0.8, 0.0) + random(60, 1, seed=2), random_keys(60)
+    given = Distribution(shuffled(60, 5, seed=3), probs)
+    speed = probs / -noise.uniform(key=keys, token=given.tokens).log()
+    share = Distribution(given.tokens, speed / speed.sum(-1, keepdim=True)).dense(5)
+    for n in (1, 3, 5):
+        race = Sampling(1.0).race(given, keys, n)
+        assert race.probs.dtype == torch.float64, "shares should be float64"
+        assert close(race.probs, share.gather(-1, race.tokens), 1e-9), (
+            "the number with a token should be its own speed probs / e, divided by the speeds of all K tokens together"
+        )
+        greedy = Sampling(0.0).race(given, keys, n)
+        same = torch.equal(greedy.probs, probs[:, :n])
+        assert same, "at temperature 0 the first n tokens should come with their probabilities, as they were given"
 
 
 # 5. The acceptance rule
@@ -700,7 +748,7 @@ FORKED = DraftTree((0, 0, 0, 1, 1, 2, 4))
 class Pointed(Sampling):
     """Draws the token in the slot that the key names: what is drawn is known beforehand."""
 
-    def draw(self, given: Distribution, key: torch.Tensor, n: int | None = None) -> torch.Tensor:
+    def draw(self, given: Distribution, key: torch.Tensor) -> torch.Tensor:
         return given.tokens.gather(-1, key[..., None]).squeeze(-1)
 
 
@@ -736,34 +784,50 @@ def random_drafts(drafts: DraftTree, n_batch: int, vocab_size: int) -> torch.Ten
     ], dim=1) if drafts.parents else torch.zeros(n_batch, 0, dtype=torch.int64)  # fmt: skip
 
 
-def grade_coupled(drafts: DraftTree) -> None:
-    n_batch, n_nodes = 100, len(drafts.depth)
+def grade_coupled(drafts: DraftTree, message: str, n_kept: int | None = None) -> None:
+    """n_kept: each text has nodes of its own, so many; None: all share the tree."""
+    n_batch, nodes = 100, Shape(drafts).on(CPU)
     tokens = random_drafts(drafts, n_batch, 5)
+    if n_kept:
+        nodes = nodes.likeliest(n_kept, random(*tokens.shape, seed=8))
+        tokens = tokens.gather(1, nodes.kept[:, 1:] - 1)
+    n_nodes, own = 1 + tokens.shape[1], list(map(DraftTree, nodes.parents.tolist()))
     q = Distribution(shuffled(n_batch, n_nodes, 5, seed=7), torch.full((n_batch, n_nodes, 5), 0.2).double())
     keys = torch.randint(5, (3, n_batch, n_nodes), generator=generator())
     reached = torch.zeros(n_batch, dtype=torch.int64)
     for b in range(n_batch):
         for node in range(n_nodes):
             here = q.tokens[b, node].tolist()
-            below = {int(tokens[b, child - 1]): child for child in children(drafts, node)}
+            below = {int(tokens[b, child - 1]): child for child in children(own[b % len(own)], node)}
             if reached[b] == node:
                 reached[b] = below.get(here[keys[TARGET, b, node]], node)
             else:  # no draft is right after one that is not: another grader looks at these
                 keys[TARGET, b, node] = next(slot for slot, token in enumerate(here) if token not in below)
-    last, next_token = accept(Shape(drafts).on(CPU), Drafts(tokens), q, Pointed(1.0), keys)
+    last, next_token = accept(nodes, Drafts(tokens), q, Pointed(1.0), keys)
     assert last.shape == next_token.shape == (n_batch,), "the last accepted node and the next token should be (B,)"
-    assert torch.equal(last, reached), (
-        "coupled: a draft is accepted if it is what the target draws after its parent, with the TARGET noise of that "
-        "place; the root always is"
-    )
+    assert torch.equal(last, reached), message
     expected = [int(q.tokens[b, node, keys[TARGET, b, node]]) for b, node in enumerate(reached.tolist())]
     assert next_token.tolist() == expected, "the next token is what the target draws after the last accepted node"
 
 
-@exercise_6(3)
+@exercise_6(2)
 def test_the_coupled_rule_accepts_what_the_target_draws():
     for drafts in trees():
-        grade_coupled(drafts)
+        grade_coupled(
+            drafts,
+            "coupled: a draft is accepted if it is what the target draws after its parent, with the TARGET noise of "
+            "that place; the root always is",
+        )
+
+
+@exercise_6(1)
+def test_each_text_may_have_nodes_of_its_own():
+    for drafts in trees()[1:]:
+        grade_coupled(
+            drafts,
+            "coupled: the first dimension of `parents` and `elsewhere` is B where each text has nodes of its own",
+            n_kept=(1 + len(drafts.parents)) // 2,
+        )
 
 
 @exercise_6(1)
@@ -1035,9 +1099,9 @@ class Retold(Engine):
         emit = texts.emit
 
         def retold(shape: Shape, _: list[list[int]], result: Result, n_models: int) -> Turn:
-            made, known = [], (result.drafts.tokens, result.last, result.handed.root)
-            for tokens, last, root in zip(*map(torch.Tensor.tolist, known), strict=True):
-                accepted = [tokens[node - 1] for node in way(shape.tree, last)[1:]]
+            made, known = [], (result.last, result.handed.root)
+            for b, (last, root) in enumerate(zip(*map(torch.Tensor.tolist, known), strict=True)):
+                accepted = drafts_on_the_way(shape.tree, result, last, b)
                 made.append([len(accepted), last, root, *accepted])
             turn = emit(shape, made, result, n_models)
             if self.refills:
@@ -1056,6 +1120,7 @@ class Refilled(Retold):
 
 
 SHAPES = [Shape(), Shape(chain(1), 1), Shape(chain(3), 3), Shape(FORKED, 3), Shape(PARTIAL, 2)]
+KEEPING = [Shape(DraftTree(FORKED.parents, keep=3), 3), Shape(DraftTree((0, 0, 1, 1, 2), keep=2), 2)]
 
 
 @torch.no_grad()
@@ -1074,12 +1139,18 @@ def turns(shape: Shape, prompt: list[int], seed: int = 0, kind: type[Engine] = R
         text += turn.tokens[0]
 
 
-def drafts_on_the_way(turn: Turn, node: int) -> list[int]:
-    tokens = turn.result.drafts.tokens[0].tolist()
-    return [tokens[i - 1] for i in way(turn.shape.tree, node)[1:]]
+def drafts_on_the_way(drafts: DraftTree, result: Result, node: int, b: int = 0) -> list[int]:
+    """Text b's drafts on the way to a node of the tree."""
+    verified = result.kept[b].tolist() if drafts.keep else list(range(len(drafts.depth)))
+    nodes = way(drafts, node)
+    assert set(nodes) <= set(verified), (
+        "`last` should be the last accepted node's number in the shape's tree, and `kept` the numbers there of all "
+        "nodes that were verified, each text's own"
+    )
+    return [int(result.drafts.tokens[b, verified.index(each) - 1]) for each in nodes[1:]]
 
 
-@exercise_9(3)
+@exercise_9(2)
 def test_greedy_text_equals_plain_decodings():
     for n_new in (1, 2, 17):
         expected = [plain_greedy(tiny_model(), prompt, n_new) for prompt in PROMPTS]
@@ -1104,7 +1175,7 @@ def test_a_turn_is_one_pass_and_emits_what_was_accepted_and_one_more_token():
                 calls.clear()
                 assert passes == 1, f"a turn should be one pass of the model, not {passes}"
                 if turn.shape == shape:
-                    made = [*drafts_on_the_way(turn, turn.last[0]), int(turn.result.handed.root)]
+                    made = [*drafts_on_the_way(shape.tree, turn.result, turn.last[0]), int(turn.result.handed.root)]
                     assert turn.tokens[0] == made[: len(turn.tokens[0])], (
                         "what is emitted should be the drafts on the way to the last accepted node, and the next root: "
                         "look at `for_host`, the last node and the order of the drafts there"
@@ -1131,7 +1202,8 @@ def test_targets_come_from_the_row_of_each_node():
         for text, turn in turns(shape, PROMPTS[seed], seed=seed):
             q = turn.result.q.dense(7)[0]
             for node in range(len(turn.shape.tree.depth)):
-                logits = tiny_model()(torch.tensor([text + drafts_on_the_way(turn, node)]))[0, -1]
+                there = text + drafts_on_the_way(turn.shape.tree, turn.result, node)
+                logits = tiny_model()(torch.tensor([there]))[0, -1]
                 assert close(q[node], (logits / 0.7).softmax(-1)), (
                     f"q after node {node} is not what the model gives after the text and the drafts on the way there: "
                     "which rows did you read?"
@@ -1146,7 +1218,9 @@ def test_the_next_drafts_come_from_the_group_of_the_last_accepted_node():
         for text, turn in turns(shape, PROMPTS[seed], seed=seed):
             lengths, last = turn.shape.tree.lengths(turn.shape.n_lookahead), turn.last[0]
             if turn.shape.n_lookahead:
-                there = text + drafts_on_the_way(turn, last) if lengths[last] else text  # no group: the root's instead
+                there = text  # and where there is no group, the root's instead
+                if lengths[last]:
+                    there = text + drafts_on_the_way(turn.shape.tree, turn.result, last)
                 n_lookahead, n_text = lengths[last] or lengths[0], len(there)
                 logits = tiny_model()(torch.tensor([there]), causal(n_text, n_lookahead))[0, n_text:]
                 expected = logits[[min(i, n_lookahead - 1) for i in range(turn.shape.n_lookahead)]]
@@ -1193,8 +1267,9 @@ def test_an_ended_text_stays_as_it_is():
             decoder.set_active([1])
             expected = 1
             for _ in range(3):
-                _, _, last, handed, _ = decoder.turn(shape, handed)
-                lengths, expected = decoder.cache.length.tolist(), expected + 1 + shape.tree.depth[last[1]]
+                result = decoder.turn(shape, handed)
+                handed, expected = result.handed, expected + 1 + shape.tree.depth[result.last[1]]
+                lengths = decoder.cache.length.tolist()
                 assert lengths[0] == 2, "the cache of a text that has ended (`active`) should stay as long as it is"
                 assert lengths[1] == expected, "the cache should grow by the root and the accepted drafts"
 
@@ -1215,10 +1290,28 @@ def test_under_the_coupled_rule_a_seed_is_a_text_whatever_the_shape():
 
 
 @exercise_9(1)
+def test_each_text_may_verify_nodes_of_its_own():
+    hint = (
+        "where a tree keeps some of its nodes, all is to come from the nodes that `self.draft` returns, each text's own"
+    )
+    for sampling, shape in product((Sampling(), Sampling(0.7), Sampling(3.0)), KEEPING):
+        expected = Refilled(tiny_model(), Given(Shape()), sampling).generate(PROMPTS, 20, seed=[5, 9, 2]).tokens
+        try:
+            record = list(Retold(tiny_model(), Given(shape), sampling).stream(PROMPTS, 20, seed=[5, 9, 2]))
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise AssertionError(hint) from error
+        for turn in record:
+            same = torch.equal(turn.result.for_host[:, 1], turn.result.last)
+            assert same, "`last` and for_host should name the same node"
+        tokens = [sum((turn.tokens[b] for turn in record), []) for b in range(len(PROMPTS))]
+        assert tokens == expected, f"{hint}; its text is then plain decoding's, as with any tree"
+
+
+@exercise_9(1)
 def test_under_the_rejection_rule_the_noise_of_a_node_is_that_of_its_place():
     for shape, seed in product(SHAPES, (0, 7)):
         for text, turn in turns(shape, PROMPTS[0], seed=seed):
-            tree, (drafts, q, last, handed, _) = turn.shape.tree, turn.result
+            tree, (drafts, q, last, handed, *_) = turn.shape.tree, turn.result
             q = q.dense(7)[0]
             p = torch.zeros_like(q) if drafts.p is None else drafts.p[0]
             keys = mix(stream_keys(torch.tensor([seed]))[:, 0] + len(text) + torch.tensor(tree.depth))
@@ -1244,8 +1337,7 @@ def test_a_draft_head_is_told_the_token_before():
                 handed = [turn.result.handed for turn in engine.stream(PROMPTS[0], 16)]
             except (IndexError, RuntimeError) as error:
                 raise AssertionError(
-                    "with a draft head drafts are drawn depth by depth: look at `by_parent`; with `scores_candidates` "
-                    "also the look-ahead rows' logits are to be handed on"
+                    "with a draft head and `scores_candidates` the look-ahead rows' logits are to be handed on, too"
                 ) from error
         assert tokens == expected, f"{shape}: with a draft head, too, a seed should give the text that it gives without"
         for each in handed if most_tokens < 7 else ():
