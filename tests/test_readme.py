@@ -89,7 +89,7 @@ def test_the_core_is_what_decoding_imports_and_its_lines_are_counted():
     counted = {name: code_lines((CORE / name).read_text("utf-8")) for name in table}
     off = {name: counted[name] for name in table if abs(table[name] - counted[name]) > MOST_OFF}
     assert not off, f"counted, unlike the table: {off}"
-    assert f"in {sum(table.values())} lines of Python" in README, f"the table sums up to {sum(table.values())}"
+    assert f"in {sum(table.values()):,} lines of Python" in README, f"the table sums up to {sum(table.values())}"
 
 
 def test_quoted_lines_are_lines_of_the_turn():
