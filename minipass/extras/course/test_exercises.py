@@ -1099,8 +1099,8 @@ class Retold(Engine):
         emit = texts.emit
 
         def retold(shape: Shape, _: list[list[int]], result: Result, n_models: int) -> Turn:
-            made, known = [], (result.last, result.handed.root)
-            for b, (last, root) in enumerate(zip(*map(torch.Tensor.tolist, known), strict=True)):
+            made = []
+            for b, (last, root) in enumerate(zip(result.last.tolist(), result.handed.root.tolist(), strict=True)):
                 accepted = drafts_on_the_way(shape.tree, result, last, b)
                 made.append([len(accepted), last, root, *accepted])
             turn = emit(shape, made, result, n_models)
