@@ -99,9 +99,9 @@ def trees(bench: Bench) -> Tables:
     """How many drafts should a tree have, and which exact rule is better? Coupled, drafts are the best of the target's
     own race, and a tree is chosen for each turn anew or fixed; rejection draws them without replacement and tests one
     after the other."""
-    depth, sizes = bench.subject.model.config.n_lookahead, (2, 4, 8, 16, 32)
+    depth, sizes = bench.subject.model.config.n_lookahead, (2, 8, 32)
     chosen = {f"tree of {n}": bench.tree(depth, n) for n in sizes}
-    fixed = {f"chain of {n}": n for n in sizes if n <= min(depth, 4)}
+    fixed = {f"chain of {n}": n for n in (2, 4) if n <= depth}
     fixed |= {f"fixed tree of {n}": bench.tree(depth, n, fixed=True) for n in sizes}
     coupled = [Contender(name, Fused(shape)) for name, shape in (chosen | fixed).items()]
     others = [Contender(f"{name}, rejection", Fused(shape, REJECTION)) for name, shape in fixed.items()]
