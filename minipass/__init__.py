@@ -7,7 +7,7 @@ print(loaded.encoding.decode(result.tokens[0]), result.tokens_per_pass)
 """
 
 from minipass.api import generate, make_method
-from minipass.auto import AdaptiveTree, Auto, best_tree
+from minipass.auto import AdaptiveTree, Auto, best_tree, likeliest_tree
 from minipass.decode import Engine, Fused, Plain, TwoModels, TwoPass
 from minipass.errors import InputError
 from minipass.model import GPT, GPTConfig, KVCache
@@ -20,5 +20,5 @@ from minipass.weights import Checkpoint, load, save, save_pretrained
 __all__ = [
     "GPT", "AdaptiveTree", "Auto", "Checkpoint", "DraftTree", "Engine", "Fused", "GPTConfig", "Generation",
     "InputError", "KVCache", "Plain", "Sampling", "Turn", "TwoModels", "TwoPass", "best_tree", "chain",
-    "from_pretrained", "generate", "load", "make_method", "save", "save_pretrained",
+    "from_pretrained", "generate", "likeliest_tree", "load", "make_method", "save", "save_pretrained",
 ]  # fmt: skip
