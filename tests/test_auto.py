@@ -19,6 +19,7 @@ from minipass.auto import (
     best_tree,
     expected_tokens,
     fastest_tree,
+    likeliest_tree,
     n_rows,
     turn_seconds,
     with_fewer_rows,
@@ -273,3 +274,12 @@ def test_an_accuracy_that_is_missing_or_not_finite_is_refused(accuracy):
 def test_the_time_of_a_turn_is_measured_for_any_number_of_rows():
     seconds = turn_seconds(random_model(seed=1).float(), ACCURACY, SAMPLED, turns=4)
     assert all(seconds(rows) > 0 for rows in (1, 10, 100, 1000))
+
+
+def test_a_likeliest_tree_has_as_many_rows_as_the_best_fixed_one_and_more_drafts_to_choose_from():
+    accuracy = [[0.6 * 0.8**depth * 0.3**rank for rank in range(5)] for depth in range(6)]
+    for n in (1, 2, 5, 16):
+        fixed, chosen = best_tree(accuracy, n), likeliest_tree(accuracy, n)
+        assert chosen.depth[-1] == fixed.depth[-1]
+        assert (chosen.n_verified, Shape(chosen, 2).n_rows) == (n, Shape(fixed, 2).n_rows)
+        assert len(chosen.parents) == 4 * n or n == 1  # at most five drafts for one place
