@@ -126,19 +126,23 @@ def main() -> None:
     if args.plots:
         atomic_write(args.plots / "bench.txt", lambda path: path.write_text(f"{where}\n"))
     for name in EXPERIMENTS if args.full else args.only or ["headline"]:
+        n_said = 0  # parts of the report; each is said as soon as it is there
         try:
-            report = EXPERIMENTS[name](bench)
+            for report in EXPERIMENTS[name](bench):
+                results[name] = {"setting": where, **report.data}
+                write_results()
+                with heedless() if args.json else nullcontext():
+                    head = [] if n_said else [f"**{name}**: {EXPERIMENTS[name].__doc__}"]
+                    print("\n\n".join([*head, *report.parts[n_said:], ""]), flush=True)
+                n_said = len(report.parts)
         except InputError as error:
             if not args.full:
                 raise
             print(f"**{name}** is left out: {error}\n", flush=True)
             continue
-        results[name] = {"setting": where, **report.data}
-        write_results()
         draw(name, report.picture)
         with heedless() if args.json else nullcontext():
-            head = f"**{name}**: {EXPERIMENTS[name].__doc__}"
-            print("\n\n".join([head, *report.parts, f"{where}\n"]), flush=True)
+            print(f"{where}\n", flush=True)
     draw("overview", overview(results))
 
 

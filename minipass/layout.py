@@ -50,8 +50,9 @@ def tree(parents: Sequence[int] | np.ndarray, lookahead: Sequence[int] | np.ndar
     for row in range(n_rows):
         visible[:, row] = visible[batch, parents[:, row]]  # what the parent sees ...
         visible[:, row, row] = True  # ... and itself
-    visible = torch.from_numpy(visible[:, :n_rows].copy())
-    return Layout(visible, visible.sum(-1) - 1, torch.as_tensor(np.asarray(lookahead, dtype=np.int64)))
+    visible = visible[:, :n_rows].copy()
+    depth = np.count_nonzero(visible, axis=-1) - 1
+    return Layout(*map(torch.from_numpy, (visible, depth, np.array(lookahead, dtype=np.int64))))
 
 
 def path(n_rows: int) -> np.ndarray:

@@ -41,7 +41,10 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     same_shape[parameter.shape].append(parameter)
             for shape, parameters in same_shape.items():
-                averages = [self.state[each].setdefault("average", torch.zeros_like(each)) for each in parameters]
+                for each in parameters:
+                    if "average" not in self.state[each]:
+                        self.state[each]["average"] = torch.zeros_like(each)
+                averages = [self.state[each]["average"] for each in parameters]
                 gradients = [each.grad for each in parameters]
                 torch._foreach_lerp_(averages, gradients, 1 - MOMENTUM)
                 updates = torch._foreach_lerp(gradients, averages, MOMENTUM)

@@ -16,7 +16,8 @@ from minipass.model import GPT
 from minipass.sampling import Sampling
 from minipass.tokenizer import stop_tokens
 
-BATCH, N_NEW, N_PROMPT = 32, 256, (16, 96)
+BATCHES = {"cpu": 32, "cuda": 512}  # texts at once
+N_NEW, N_PROMPT = 256, (16, 96)
 QUESTIONS = (
     "Explain this in simple words:",
     "Summarise this:",
@@ -37,17 +38,17 @@ def own_text(
     corpus: (M,) tokens, from which the prompts are cut. Text is sampled as sample.py does, at T = 0.8 with top-k 10.
     """
     rng, engine, texts = np.random.default_rng(seed), Engine(model, Plain(), Sampling(0.8, top_k=10)), []
-    longest = min(N_PROMPT[1], model.config.block_size // 2)
+    longest, batch = min(N_PROMPT[1], model.config.block_size // 2), BATCHES[model.device.type]
     bar, written = tqdm(total=n_tokens, unit="token", desc="writing text", dynamic_ncols=True, leave=False), 0
     while written < n_tokens:
-        prompts = [passage(corpus, longest, rng) for _ in range(BATCH)]
+        prompts = [passage(corpus, longest, rng) for _ in range(batch)]
         if chat_template is not None:
-            for b in range(0, BATCH, 2):
+            for b in range(0, batch, 2):
                 question = f"{rng.choice(QUESTIONS)}\n\n{encoding.decode(prompts[b]).strip()}"
                 prompts[b] = encode_chat(encoding, chat_template, [{"role": "user", "content": question}])
         result = engine.generate(prompts, N_NEW, stop_token=stop_tokens(encoding), seed=int(rng.integers(2**40)))
         texts += [np.array([*prompt, *new], np.uint32) for prompt, new in zip(prompts, result.tokens, strict=True)]
-        new = sum(map(len, texts[-BATCH:]))
+        new = sum(map(len, texts[-batch:]))
         written += new
         bar.update(new)
     bar.close()

@@ -276,7 +276,7 @@ def test_a_full_run_writes_tables_figures_and_pictures_of_all_that_can_be_measur
     assert result.status == 0, result.err
     found = json.loads((tmp_path / "r.json").read_text())["experiments"]
     left_out = {name for name in EXPERIMENTS if f"**{name}** is left out" in result.out}
-    assert "pretrained" in left_out <= {"pretrained", "peers"}
+    assert {"pretrained", "uses"} <= left_out <= {"pretrained", "uses", "peers"}
     assert set(found) == set(EXPERIMENTS) - left_out == {path.stem for path in tmp_path.glob("*.png")}
     assert all("torch" in each["setting"] and "commit" in each["setting"] for each in found.values())
     rows = {(row["decoding"], row["method"]): row for row in found["headline"]["rows"]}

@@ -1,4 +1,4 @@
-"""bench.py --only pretrained, on a small random Llama: every contender runs and writes what it may."""
+"""bench.py --only pretrained uses, on a small random Llama: every contender runs and writes what it may."""
 
 import json
 import os
@@ -45,10 +45,10 @@ def run(tmp_path, monkeypatch, capsys):
     def call(*arguments) -> tuple[str, dict]:
         few = "--prompts 2 --prompt-tokens 20 --new-tokens 12 --dtype float32 --device cpu".split()
         found = tmp_path / "found.json"
-        argv = ["bench.py", "--only", "pretrained", "--checkpoint", folder, *few, "--json", found, *arguments]
+        argv = ["bench.py", "--only", "pretrained", "uses", "--checkpoint", folder, *few, "--json", found, *arguments]
         monkeypatch.setattr(sys, "argv", [*map(str, argv)])
         run_script(bench.main)
-        return capsys.readouterr().out, json.loads(found.read_text())["experiments"]["pretrained"]
+        return capsys.readouterr().out, json.loads(found.read_text())["experiments"]
 
     return call
 
@@ -57,7 +57,7 @@ def test_every_contender_runs_and_writes_what_plain_decoding_writes(run, tmp_pat
     torch.manual_seed(0)
     out, found = run("--plots", tmp_path)
     races: dict[tuple, dict] = {}
-    for row in found["rows"]:
+    for row in [*found["pretrained"]["rows"], *found["uses"]["rows"]]:
         races.setdefault((row["text"], row["decoding"]), {})[row["method"]] = row
     code = os.path.basename(experiments.UNSEEN)
     texts = (code, subjects.PROSE, subjects.CHAT, subjects.EDIT, subjects.SUMMARY)
@@ -65,16 +65,15 @@ def test_every_contender_runs_and_writes_what_plain_decoding_writes(run, tmp_pat
         (text, contenders.SAMPLED) for text in (code, subjects.CHAT)
     }
     assert {"two-pass, table", "fused, table", "tree of 16, table"} <= set(races[code, "greedy"])
+    assert {"fused, L = 4", "tree of 16"} <= set(races[code, "greedy"])
     for (_, decoding), rows in races.items():
-        assert {"plain", "fused, L = 4", "tree of 16", "auto", "auto + prompt lookup", "prompt lookup alone"} <= set(
-            rows
-        )
+        assert {"plain", "fused, L = 1", "auto", "auto + prompt lookup", "prompt lookup alone"} <= set(rows)
         assert {"HF plain", "HF prompt lookup"} <= set(rows)
         for name, row in rows.items():
             if decoding == "greedy" or not ("rejection" in name or "HF" in name):
                 assert row["same_text"] == 1, (decoding, name)  # in float32
-    assert len(found["teacher_forced"]) == 4
-    assert [row["rows"] for row in found["turns"]] == [1, 4, 9, 25]
+    assert len(found["pretrained"]["teacher_forced"]) == 4
+    assert [row["rows"] for row in found["pretrained"]["turns"]] == [1, 4, 9, 25]
     assert "constant acceptance" in out
     assert (tmp_path / "pretrained.png").exists()
 

@@ -216,7 +216,7 @@ def test_a_model_without_a_template_says_so_before_it_reads_a_line(tmp_path, cal
 @pytest.fixture
 def little(monkeypatch):
     """Few and short texts."""
-    for name, value in {"BATCH": 4, "N_NEW": 24, "N_PROMPT": (4, 12)}.items():
+    for name, value in {"BATCHES": {"cpu": 4}, "N_NEW": 24, "N_PROMPT": (4, 12)}.items():
         monkeypatch.setattr(writing, name, value)
 
 

@@ -27,7 +27,7 @@ FORCED = "checkpoint text million_weights stage seconds loss acceptance constant
 COST = "model million_weights method rows milliseconds over_plain bandwidth_share"
 DEFAULTS = {"data": "python", "prompts": 6, "new_tokens": 120}
 UNSEEN = os.path.dirname(matplotlib.__file__)  # code that no training of adapters saw
-EXPERIMENTS: dict[str, Callable[[Bench], Report]] = {}
+EXPERIMENTS: dict[str, Callable[[Bench], Iterator[Report]]] = {}  # which gives the Report after each of its tables
 Tables = Iterator[tuple]  # arguments of Report.add
 
 
@@ -39,13 +39,13 @@ def experiment(*drawn: str, series: Sequence[str] = ("text", "decoding"), **defa
 
     def add(tables: Callable[[Bench], Tables]) -> Callable:
         @wraps(tables)
-        def run(bench: Bench) -> Report:
+        def run(bench: Bench) -> Iterator[Report]:
             given = {name: value for name, value in vars(bench.options).items() if value is not None}
             report, options = Report(), argparse.Namespace(**DEFAULTS | defaults | given)
             for found in tables(replace(bench, options=options)):
                 report.add(*found)
-            report.picture = picture(report.data["rows"], series, *drawn or ("method", "speedup"))
-            return report
+                report.picture = picture(report.data["rows"], series, *drawn or ("method", "speedup"))
+                yield report
 
         run.__doc__ = " ".join(tables.__doc__.split())
         EXPERIMENTS[tables.__name__] = run
@@ -189,31 +189,47 @@ def peers(bench: Bench) -> Tables:
     yield from races(bench, [*ours, contenders.LOOKUP, *theirs])
 
 
-@experiment(data=UNSEEN, prompts=3, new_tokens=40)
-def pretrained(bench: Bench) -> Tables:
-    """What does PaSS give on a real model, frozen: SmolLM2-135M (or the model of others that --checkpoint names) on
-    unseen code, prose, in chat, and where text repeats its prompt? `table` is the paper's look-ahead table alone,
-    `fixed token` an ordinary token in its place. (Of Hugging Face, no assistant: a smaller model of these tokens would
-    have to be there.)"""
-    corpus, best = bench.options.data, bench.subject
-    best = best if is_pretrained(best.name) else load(SMOLLM2, *bench.place)
+def real(bench: Bench) -> tuple[Bench, Subject]:
+    """The bench with SmolLM2 as its subject, or with the model of others that --checkpoint names, and the same model
+    with the paper's table alone. Raises InputError where nothing was trained for it."""
+    best = bench.subject if is_pretrained(bench.subject.name) else load(SMOLLM2, *bench.place)
     table = replace(load(best.name, *bench.place, weights.NONE), name=f"{best.name}, table")
-    if not (most := min(4, best.model.config.n_lookahead, table.model.config.n_lookahead)):
+    if not min(best.model.config.n_lookahead, table.model.config.n_lookahead):
         raise InputError(f"nothing in the package was trained for {best.name}")
-    bench = replace(bench, subject=best, draft=None)
+    return replace(bench, subject=best, draft=None), table
+
+
+@experiment(data=UNSEEN, new_tokens=60)
+def pretrained(bench: Bench) -> Tables:
+    """What does PaSS give on a real model, frozen, on code that no training saw: SmolLM2-135M, or the model of others
+    that --checkpoint names? `table` is the paper's look-ahead table alone, `fixed token` an ordinary token in its
+    place. (Of Hugging Face, no assistant: a smaller model of these tokens would have to be there.)"""
+    bench, table = real(bench)
+    corpus, config = bench.options.data, table.model.config
+    most = min(4, bench.subject.model.config.n_lookahead, config.n_lookahead)
     paper = {"two-pass": TwoPass(min(2, most)), "fused": Fused(most), "tree of 16": Fused(bench.tree(most, 16, table))}
     alone = [Contender(f"{name}, table", method, table.model) for name, method in paper.items()]
-    fixed = TwoPass(min(2, most), fixed_token=best.model.config.vocab_size - 1)  # the paper's comparison: no table
+    fixed = TwoPass(min(2, most), fixed_token=config.vocab_size - 1)  # the paper's comparison: no table
     alone.append(Contender("two-pass, fixed token", fixed, table.model))
     more = {"fused, rejection": Fused(most, REJECTION), "tree of 16": Fused(bench.tree(most, 16))}
     fused = in_a_row(bench, "fused", lengths=[n for n in (1, 2, 4) if n <= most])
     both = [*fused, contenders.AUTO, contenders.LOOKUP, contenders.AUTO_LOOKUP]
     both += [Contender(*each) for each in (more | contenders.forms(None)).items()]
     yield from races(bench, [*alone, *both], corpus, decodings=[GREEDY])
-    yield from races(bench, both, corpus, CHAT, decodings=[SAMPLED])
-    yield from races(bench, both, PROSE, CHAT, EDIT, SUMMARY, decodings=[GREEDY])
-    yield forced("teacher_forced", [table, best], corpus, PROSE)
+    yield from races(bench, both, corpus, decodings=[SAMPLED])
+    yield forced("teacher_forced", [table, bench.subject], corpus, PROSE)
     yield "turns", "What rows cost:", contenders.turns(bench, fused), COST
+
+
+@experiment(data=UNSEEN, prompts=4, new_tokens=60)
+def uses(bench: Bench) -> Tables:
+    """What does the real model gain in use: prose, chat, and where text repeats its prompt?"""
+    bench, _ = real(bench)
+    theirs = [Contender(*each) for each in contenders.forms(None).items()]
+    fused = in_a_row(bench, "fused", lengths=[1])
+    both = [*fused, contenders.AUTO, contenders.LOOKUP, contenders.AUTO_LOOKUP, *theirs]
+    yield from races(bench, both, PROSE, CHAT, EDIT, SUMMARY, decodings=[GREEDY])
+    yield from races(bench, both, CHAT, decodings=[SAMPLED])
 
 
 def overview(experiments: dict) -> Figure | None:
