@@ -118,7 +118,7 @@ def parse_arguments() -> argparse.Namespace:
         default = getattr(GPTConfig, name)
         add(f"--{name.replace('_', '-')}", type=int, help=f"{text} (default: as in --init, else {default})")
     add("--llama", action=argparse.BooleanOptionalAction, help="Llama's layout (rotary positions, SwiGLU), not GPT-2's "
-        "(default: as in --init, else Llama's)")
+        "(default: as in --init, else GPT-2's)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="compute in float32, bfloat16 or float16 (autocast); auto (the default) takes "
         "bfloat16 where the hardware computes in it, else float32")
@@ -178,7 +178,7 @@ def start(args: argparse.Namespace, train_documents) -> weights.Checkpoint:
     else:
         vocab_size = sizes.get("vocab_size", GPTConfig.vocab_size)
         encoding = build_encoding(train_bpe((document.text for document in train_documents), vocab_size))
-    model = GPT(GPTConfig(**({"llama": True} | sizes | {"vocab_size": encoding.n_vocab})))
+    model = GPT(GPTConfig(**(sizes | {"vocab_size": encoding.n_vocab})))
     if args.stage == "joint" and args.head != "none":
         model.new_draft_head(2 * model.config.n_embd)
     return weights.Checkpoint(model, encoding, {})
@@ -389,6 +389,7 @@ class Trainer:
         """Begins a run, or goes on with the one in --out. Raises InputError when that is not possible."""
         self.args, self.device, self.rank, self.world = args, device, rank, world
         dtype = choose_dtype(args.dtype, device)
+        torch.backends.cuda.matmul.allow_tf32 = True  # float32 on tensor cores, with 10 bits of precision
         if dtype == torch.float64:
             raise InputError("--dtype must be auto, float32, bfloat16 or float16 in training, not float64")
         self.autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
