@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,9 +193,9 @@ def test_a_run_whose_output_nobody_reads_any_more_comes_to_its_end(train, tmp_pa
 
 
 def test_the_bench_writes_its_results_before_it_prints_them_and_measures_all(monkeypatch, tmp_path, nobody_reads):
-    def experiment(_) -> Report:
+    def experiment(_) -> Iterator[Report]:
         """Is there anything?"""
-        return Report(["a table"], {"rows": [1]})
+        yield Report(["a table"], {"rows": [1]})
 
     monkeypatch.setattr(bench, "EXPERIMENTS", {"one": experiment, "two": experiment})
     monkeypatch.setattr(bench, "prepare", lambda args: None)

@@ -192,5 +192,5 @@ def test_a_torch_file_of_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize("name", sorted(path.stem for path in weights.SHIPPED.glob("*.pt")))
 def test_a_shipped_checkpoint_loads_by_its_name(name):
     loaded = weights.load(name)
-    assert loaded.record["stage"] == {"joint": "lookahead", "frozen": "lookahead", "draft": "base"}[name]
+    assert loaded.record["stage"] == {"joint": "joint", "frozen": "lookahead", "draft": "base"}[name]
     assert (loaded.model.config.n_lookahead > 0) == (name != "draft")

@@ -77,7 +77,7 @@ def headline(bench: Bench) -> Tables:
     rejection rule; the others use the coupled rule unless a rule is named."""
     methods = in_a_row(bench, "two-pass", "fused", "fused, rejection", "tree of 4 L")
     yield from races(bench, [*methods, contenders.LOOKUP, contenders.AUTO])
-    yield forced("teacher_forced", [bench.subject, bench.subject.headless], bench.options.data)
+    yield forced("teacher_forced", [bench.subject], bench.options.data)
 
 
 @experiment()
