@@ -419,10 +419,10 @@ MISTAKES = {
     "all groups of full length": (
         2, with_groups, "np.asarray(n_lookahead, dtype=np.int64)", "np.asarray(np.max(n_lookahead), dtype=np.int64)",
     ),
-    "position from 1": (2, tree, "visible.sum(-1) - 1", "visible.sum(-1)"),
+    "position from 1": (2, tree, "np.count_nonzero(visible, axis=-1) - 1", "np.count_nonzero(visible, axis=-1)"),
     "parents not inherited": (2, tree, "visible[batch, parents[:, row]]", "visible[batch, parents[:, row]] & False"),
     "parents not checked": (2, tree, ".any()", ".all() and False"),
-    "look-ahead numbers dropped": (2, tree, "np.asarray(lookahead, dtype=np.int64)", "np.zeros(0, dtype=np.int64)"),
+    "look-ahead numbers dropped": (2, tree, "np.array(lookahead, dtype=np.int64)", "np.zeros(0, dtype=np.int64)"),
     "groups one after the other": (
         2, with_groups, "rows[:, first_row[lengths > 0]] = anchors[:, lengths > 0]",
         "rows[:, first_row[:1]] = anchors[:, :1]",

@@ -307,7 +307,7 @@ def test_new_methods_are_taken_too_and_nothing_of_others_is_reached_by_their_nam
 
 
 def test_a_mistake_is_paid_in_its_own_exercise_alone():
-    files = planted("layout.py", "visible.sum(-1) - 1", "visible.sum(-1)")
+    files = planted("layout.py", "np.count_nonzero(visible, axis=-1) - 1", "np.count_nonzero(visible, axis=-1)")
     assert any(outcomes(2, files))
     assert not any(outcomes(11, files))  # which needs exercise 2
 
