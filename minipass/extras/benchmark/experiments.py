@@ -201,9 +201,9 @@ def real(bench: Bench) -> tuple[Bench, Subject]:
 
 @experiment(data=UNSEEN, new_tokens=60)
 def pretrained(bench: Bench) -> Tables:
-    """What does PaSS give on a real model, frozen, on code that no training saw: SmolLM2-135M, or the model of others
-    that --checkpoint names? `table` is the paper's look-ahead table alone, `fixed token` an ordinary token in its
-    place. (Of Hugging Face, no assistant: a smaller model of these tokens would have to be there.)"""
+    """What does PaSS give on a real model, frozen, on code that our training did not see: SmolLM2-135M, or the model of
+    others that --checkpoint names? `table` is the paper's look-ahead table alone, `fixed token` an ordinary token in
+    its place. (Of Hugging Face, no assistant: a smaller model of these tokens would have to be there.)"""
     bench, table = real(bench)
     corpus, config = bench.options.data, table.model.config
     most = min(4, bench.subject.model.config.n_lookahead, config.n_lookahead)
