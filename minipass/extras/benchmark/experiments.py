@@ -27,7 +27,7 @@ FORCED = "checkpoint text million_weights stage seconds loss acceptance constant
 COST = "model million_weights method rows milliseconds over_plain bandwidth_share"
 DEFAULTS = {"data": "python", "prompts": 6, "new_tokens": 120}
 UNSEEN = os.path.dirname(matplotlib.__file__)  # code that no training of adapters saw
-EXPERIMENTS: dict[str, Callable[[Bench], Iterator[Report]]] = {}  # which gives the Report after each of its tables
+EXPERIMENTS: dict[str, Callable[[Bench], Iterator[Report]]] = {}  # the Report, again after each table
 Tables = Iterator[tuple]  # arguments of Report.add
 
 
@@ -44,8 +44,8 @@ def experiment(*drawn: str, series: Sequence[str] = ("text", "decoding"), **defa
             report, options = Report(), argparse.Namespace(**DEFAULTS | defaults | given)
             for found in tables(replace(bench, options=options)):
                 report.add(*found)
-                report.picture = picture(report.data["rows"], series, *drawn or ("method", "speedup"))
                 yield report
+            report.picture = picture(report.data["rows"], series, *drawn or ("method", "speedup"))
 
         run.__doc__ = " ".join(tables.__doc__.split())
         EXPERIMENTS[tables.__name__] = run
@@ -189,14 +189,17 @@ def peers(bench: Bench) -> Tables:
     yield from races(bench, [*ours, contenders.LOOKUP, *theirs])
 
 
-def real(bench: Bench) -> tuple[Bench, Subject]:
-    """The bench with SmolLM2 as its subject, or with the model of others that --checkpoint names, and the same model
-    with the paper's table alone. Raises InputError where nothing was trained for it."""
+def real(bench: Bench) -> Bench:
+    """The bench with SmolLM2 as its subject, or with the model of others that --checkpoint names."""
     best = bench.subject if is_pretrained(bench.subject.name) else load(SMOLLM2, *bench.place)
-    table = replace(load(best.name, *bench.place, weights.NONE), name=f"{best.name}, table")
-    if not min(best.model.config.n_lookahead, table.model.config.n_lookahead):
-        raise InputError(f"nothing in the package was trained for {best.name}")
-    return replace(bench, subject=best, draft=None), table
+    return replace(bench, subject=best, draft=None)
+
+
+def most_ahead(subject: Subject, *others: Subject) -> int:
+    """The look-ahead tokens that all have, at most 4. Raises InputError where one has none."""
+    if not (most := min(4, *(each.model.config.n_lookahead for each in (subject, *others)))):
+        raise InputError(f"nothing in the package was trained for {subject.name}")
+    return most
 
 
 @experiment(data=UNSEEN, new_tokens=60)
@@ -204,12 +207,13 @@ def pretrained(bench: Bench) -> Tables:
     """What does PaSS give on a real model, frozen, on code that our training did not see: SmolLM2-135M, or the model of
     others that --checkpoint names? `table` is the paper's look-ahead table alone, `fixed token` an ordinary token in
     its place. (Of Hugging Face, no assistant: a smaller model of these tokens would have to be there.)"""
-    bench, table = real(bench)
-    corpus, config = bench.options.data, table.model.config
-    most = min(4, bench.subject.model.config.n_lookahead, config.n_lookahead)
+    bench = real(bench)
+    corpus, best = bench.options.data, bench.subject
+    table = replace(load(best.name, *bench.place, weights.NONE), name=f"{best.name}, table")
+    most = most_ahead(best, table)
     paper = {"two-pass": TwoPass(min(2, most)), "fused": Fused(most), "tree of 16": Fused(bench.tree(most, 16, table))}
     alone = [Contender(f"{name}, table", method, table.model) for name, method in paper.items()]
-    fixed = TwoPass(min(2, most), fixed_token=config.vocab_size - 1)  # the paper's comparison: no table
+    fixed = TwoPass(min(2, most), fixed_token=best.model.config.vocab_size - 1)  # the paper's comparison: no table
     alone.append(Contender("two-pass, fixed token", fixed, table.model))
     more = {"fused, rejection": Fused(most, REJECTION), "tree of 16": Fused(bench.tree(most, 16))}
     fused = in_a_row(bench, "fused", lengths=[n for n in (1, 2, 4) if n <= most])
@@ -217,14 +221,15 @@ def pretrained(bench: Bench) -> Tables:
     both += [Contender(*each) for each in (more | contenders.forms(None)).items()]
     yield from races(bench, [*alone, *both], corpus, decodings=[GREEDY])
     yield from races(bench, both, corpus, decodings=[SAMPLED])
-    yield forced("teacher_forced", [table, bench.subject], corpus, PROSE)
+    yield forced("teacher_forced", [table, best], corpus, PROSE)
     yield "turns", "What rows cost:", contenders.turns(bench, fused), COST
 
 
 @experiment(data=UNSEEN, prompts=4, new_tokens=60)
 def uses(bench: Bench) -> Tables:
     """What does the real model gain in use: prose, chat, and where text repeats its prompt?"""
-    bench, _ = real(bench)
+    bench = real(bench)
+    most_ahead(bench.subject)
     theirs = [Contender(*each) for each in contenders.forms(None).items()]
     fused = in_a_row(bench, "fused", lengths=[1])
     both = [*fused, contenders.AUTO, contenders.LOOKUP, contenders.AUTO_LOOKUP, *theirs]
