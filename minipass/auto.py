@@ -22,8 +22,7 @@ from minipass.texts import Texts, Turn
 from minipass.trees import MOST_DRAFTS, DraftTree, Shape, chain
 
 Accuracy = Sequence[Sequence[float]]  # (L, K): how often the draft of each rank is right at each depth, as evaluated
-TIMED_SIZES = (1, 4, 12, 32)  # drafts of the trees whose turns are timed
-LONGEST_PROMPT = 64  # before these turns
+LONGEST_PROMPT = 64  # before the turns that are timed
 N_WARM_UP, FEWEST_TURNS, ENOUGH_SECONDS = 2, 3, 3.0  # turns that are not timed; when to stop
 MOST_AUTO_LOOKAHEAD = 5  # deeper trees are not worth the time to try them
 SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)  # of the accuracy, for which an AdaptiveTree keeps a tree ready
@@ -32,6 +31,7 @@ FIRST_CHOICE, MOST_TURNS_BETWEEN = 4, 32  # turns until an AdaptiveTree chooses:
 NO_DRAFTS = chain(0)  # plain decoding
 SPARE = 4  # drafts for each one that a likeliest_tree keeps
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # drafts of the trees to choose from
+MOST_STEPS = 16  # in which a tree loses its look-ahead rows
 
 
 def _numbers(accuracy: Accuracy) -> Accuracy:
@@ -45,11 +45,11 @@ def _numbers(accuracy: Accuracy) -> Accuracy:
     return numbers.tolist()
 
 
-def _time(seconds: Callable[[int], float], rows: int) -> float:
-    """The seconds of a turn of so many rows. Raises InputError unless they are positive and finite."""
-    found = seconds(rows)
+def _time(seconds: Callable[[DraftTree], float], tree: DraftTree) -> float:
+    """The seconds of a turn with this tree. Raises InputError unless they are positive and finite."""
+    found = seconds(tree)
     if not 0 < found < math.inf:
-        raise InputError(f"a turn of {rows} rows must take a finite time of more than 0 seconds, not {found}")
+        raise InputError(f"a turn of {n_rows(tree)} rows must take a finite time of more than 0 seconds, not {found}")
     return found
 
 
@@ -113,7 +113,7 @@ def expected_tokens(tree: DraftTree, accuracy: Accuracy) -> float:
 
 
 def with_fewer_rows(tree: DraftTree, accuracy: Accuracy) -> Iterator[DraftTree]:
-    """The tree with ever fewer look-ahead rows, from complete groups down to one row after the root.
+    """The tree with ever fewer look-ahead rows, from complete groups down to one row after the root, in some steps.
 
     The row of [LA]_t after a node is worth the probability that this node is the last accepted one, times the tokens
     that drafts at depth t add to a turn. The rows of least worth go first.
@@ -122,11 +122,12 @@ def with_fewer_rows(tree: DraftTree, accuracy: Accuracy) -> Iterator[DraftTree]:
     adds = [reach[t].sum() - reach[t - 1].sum() for t in range(1, len(reach))]  # falls with t
     rows = [(last[-1, node] * added, -t, node) for node in range(len(tree.depth)) for t, added in enumerate(adds)]
     rows.remove((last[-1, 0] * adds[0], 0, 0))
-    groups = [len(adds)] * len(tree.depth)
+    groups, step = [len(adds)] * len(tree.depth), 1 + len(rows) // MOST_STEPS
     yield DraftTree(tree.parents, groups)
-    for _, _, node in sorted(rows):
+    for i, (_, _, node) in enumerate(sorted(rows), 1):
         groups[node] -= 1
-        yield DraftTree(tree.parents, groups)
+        if i % step == 0 or i == len(rows):
+            yield DraftTree(tree.parents, groups)
 
 
 def n_rows(tree: DraftTree) -> int:
@@ -134,29 +135,29 @@ def n_rows(tree: DraftTree) -> int:
     return Shape(tree, tree.depth[-1]).n_rows
 
 
-def fastest_tree(accuracy: Accuracy, seconds: Callable[[int], float]) -> DraftTree:
+def fastest_tree(accuracy: Accuracy, seconds: Callable[[DraftTree], float]) -> DraftTree:
     """The tree with most expected tokens per second, or none where plain decoding has most."""
-    trees = (best_tree(accuracy[:depth], n) for depth in range(1, 1 + len(accuracy)) for n in SIZES)
+    trees = {best_tree(accuracy[:depth], n): None for depth in range(1, 1 + len(accuracy)) for n in SIZES}
     shapes = [shape for tree in trees for shape in with_fewer_rows(tree, accuracy)]
-    return max([NO_DRAFTS, *shapes], key=lambda shape: expected_tokens(shape, accuracy) / _time(seconds, n_rows(shape)))
+    return max([NO_DRAFTS, *shapes], key=lambda shape: expected_tokens(shape, accuracy) / _time(seconds, shape))
 
 
 def turn_seconds(
     model: GPT, accuracy: Accuracy, sampling: Sampling, *, rule: str = COUPLED, use_graphs: bool = False, turns: int = 9
-) -> Callable[[int], float]:
-    """Measures turns with trees of several sizes; returns the time of a turn, interpolated over rows.
+) -> Callable[[DraftTree], float]:
+    """Measures turns of several shapes; returns the time of a turn with any tree.
 
-    The trees take turns with each other, `turns` times each; fewer where that takes long, as on a CPU with a large
-    model. A turn has waited for the device when it comes, so the clock needs no more.
+    A plain turn takes what was measured. Turns with drafts take a time for each row and, since drafts are drawn level
+    by level, for each level; both by least squares. The shapes take turns with each other, `turns` times each; fewer
+    where that takes long, as on a CPU with a large model. A turn has waited for the device when it comes, so the clock
+    needs no more.
     """
-    trees = [NO_DRAFTS]
-    for n in TIMED_SIZES:  # look-ahead tokens after the root alone: it is rows that count
-        drafts = best_tree(accuracy, n)
-        trees.append(DraftTree(drafts.parents, (drafts.depth[-1], *[0] * len(drafts.parents))))
-    trees = list(dict.fromkeys(trees))
+    complete = [best_tree(accuracy[:depth], n) for depth, n in ((0, 0), (1, 1), (2, 2), (2, 8))]
+    deep = [best_tree(accuracy, n) for n in (5, 24)]  # with look-ahead rows after the root alone, so with few rows
+    timed = complete + [DraftTree(tree.parents, (tree.depth[-1], *[0] * len(tree.parents))) for tree in deep]
     n_tokens = (N_WARM_UP + turns) * (1 + len(accuracy))
     prompt = [0] * max(1, min(model.config.block_size // 4, LONGEST_PROMPT))
-    engines = [Engine(model, Fused(tree, rule), sampling, use_graphs=use_graphs) for tree in trees]
+    engines = [Engine(model, Fused(tree, rule), sampling, use_graphs=use_graphs) for tree in timed]
     streams, times = [engine.stream(prompt, n_tokens) for engine in engines], []
     started = time.perf_counter()
     for turn in range(N_WARM_UP + turns):
@@ -167,9 +168,11 @@ def turn_seconds(
             began = time.perf_counter()
             next(stream)
             times[-1].append(time.perf_counter() - began)
-    rows, medians = [n_rows(tree) for tree in trees], np.median(times[N_WARM_UP:], axis=0)
-    slope = max(0.0, (medians[-1] - medians[-2]) / (rows[-1] - rows[-2]))  # of larger trees
-    return lambda n: float(np.interp(n, rows, medians) + slope * max(0, n - rows[-1]))
+    plain, *drafting = np.median(times[N_WARM_UP:], axis=0).tolist()
+    sizes, mean = np.array([(n_rows(tree), tree.depth[-1]) for tree in timed[1:]]), np.mean(drafting)
+    row, level = np.linalg.lstsq(sizes - sizes.mean(0), drafting - mean)[0].clip(min=0).tolist()
+    fixed = float(mean - sizes.mean(0) @ (row, level))
+    return lambda tree: max(plain, fixed + row * n_rows(tree) + level * tree.depth[-1]) if tree.parents else plain
 
 
 class AdaptiveTree:
@@ -177,16 +180,16 @@ class AdaptiveTree:
 
     Where that is none, turns decode plainly; since these show nothing of drafts, a tree is tried again now and then.
 
-    accuracy: as evaluated beforehand; seconds: of a turn by rows. The choice, from a few trees, depends on past turns
-    alone, so the text keeps the target's distribution. What was learned from one text serves the next one.
+    accuracy: as evaluated beforehand; seconds: of a turn with a tree. The choice, from a few trees, depends on past
+    turns alone, so the text keeps the target's distribution. What was learned from one text serves the next one.
     Raises InputError when a figure is missing or not finite, or a turn takes no time.
     """
 
-    def __init__(self, accuracy: Accuracy, seconds: Callable[[int], float]):
+    def __init__(self, accuracy: Accuracy, seconds: Callable[[DraftTree], float]):
         accuracy = _numbers(accuracy)
         fastest = [fastest_tree(scaled(accuracy, scale), seconds) for scale in SCALES]
         self.trees = list(dict.fromkeys([*fastest, *(chain(n) for n in range(1 + len(accuracy)))]))
-        self.seconds = [_time(seconds, n_rows(tree)) for tree in self.trees]
+        self.seconds = [_time(seconds, tree) for tree in self.trees]
         self.tree = fastest[SCALES.index(1.0)]
         # For each depth and rank: how often it was tested after its better siblings failed, and how often accepted.
         # The accuracy measured beforehand counts as PRIOR_TESTS tests.

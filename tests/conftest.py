@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from minipass import losses
-from minipass.auto import AdaptiveTree, Auto
+from minipass.auto import AdaptiveTree, Auto, n_rows
 from minipass.decode import GREEDY, Fused, Plain, TwoModels, TwoPass
 from minipass.extras.course.test_exercises import FORKED, slow_probabilities
 from minipass.model import GPT, GPTConfig
@@ -39,7 +39,7 @@ ACCURACY = [[0.5, 0.2, 0.1], [0.4, 0.25, 0.1], [0.3, 0.1, 0.05]]
 @lru_cache
 def chooser() -> AdaptiveTree:
     """Takes a while to make."""
-    return AdaptiveTree(ACCURACY, lambda rows: 1 + 0.03 * rows)
+    return AdaptiveTree(ACCURACY, lambda tree: 1 + 0.03 * n_rows(tree))
 
 
 # Of each method: made from L, the rule and the draft model.

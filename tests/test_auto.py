@@ -28,7 +28,7 @@ from minipass.decode import Engine, Plain, copied_shape
 from minipass.errors import InputError
 from minipass.sampling import COUPLED, REJECTION, Sampling
 from minipass.texts import Generation, Turn
-from minipass.trees import DraftTree, Shape, chain
+from minipass.trees import MOST_DRAFTS, DraftTree, Shape, chain
 
 SAMPLED = Sampling(1.0)
 
@@ -98,16 +98,16 @@ def test_rows_are_taken_away_one_by_one_from_the_least_worth_on():
 
 
 def test_free_rows_buy_the_largest_tree_and_dear_rows_none():
-    free, dear = fastest_tree(ACCURACY, lambda rows: 1.0), fastest_tree(ACCURACY, lambda rows: float(rows))
+    free, dear = fastest_tree(ACCURACY, lambda tree: 1.0), fastest_tree(ACCURACY, lambda tree: float(n_rows(tree)))
     assert len(free.parents) == max(SIZES)
     assert dear == NO_DRAFTS
-    between = fastest_tree(ACCURACY, lambda rows: 1 + 0.02 * rows)
+    between = fastest_tree(ACCURACY, lambda tree: 1 + 0.02 * n_rows(tree))
     assert 1 < len(between.parents) < max(SIZES)
 
 
 def test_a_higher_accuracy_buys_more_rows():
     low = [[share / 4 for share in ranks] for ranks in ACCURACY]
-    less, more = (fastest_tree(accuracy, lambda rows: 1 + 0.03 * rows) for accuracy in (low, ACCURACY))
+    less, more = (fastest_tree(accuracy, lambda tree: 1 + 0.03 * n_rows(tree)) for accuracy in (low, ACCURACY))
     assert n_rows(less) < n_rows(more)
 
 
@@ -209,7 +209,7 @@ def test_accuracy_is_learned_by_depth_and_rank_from_what_was_tested():
 @pytest.mark.parametrize("right", [False, True])
 def test_where_drafts_fail_it_decodes_plainly_and_tries_again_now_and_then(right):
     """Plain turns show nothing of drafts; when those of a trial are right, it goes on with them."""
-    adaptive, trees = AdaptiveTree(ACCURACY, lambda rows: 1 + 0.25 * (rows > 1)), []
+    adaptive, trees = AdaptiveTree(ACCURACY, lambda tree: 1 + 0.25 * (tree != NO_DRAFTS)), []
     for turn in range(1_000):
         trees.append(adaptive.tree)
         tree = adaptive.tree.cut(max(adaptive.available))
@@ -268,12 +268,37 @@ def test_the_cut_tree_of_a_texts_end_is_counted_as_deep_as_it_was_tested():
 @pytest.mark.parametrize("accuracy", [[], [[0.5, math.nan]], [[0.5], [math.inf]]])
 def test_an_accuracy_that_is_missing_or_not_finite_is_refused(accuracy):
     with pytest.raises(InputError, match="accuracy"):
-        AdaptiveTree(accuracy, lambda rows: 1.0)
+        AdaptiveTree(accuracy, lambda tree: 1.0)
 
 
-def test_the_time_of_a_turn_is_measured_for_any_number_of_rows():
+def test_the_time_of_a_turn_is_measured_for_any_tree():
     seconds = turn_seconds(random_model(seed=1).float(), ACCURACY, SAMPLED, turns=4)
-    assert all(seconds(rows) > 0 for rows in (1, 10, 100, 1000))
+    small, large = DraftTree((0,)), DraftTree((0, 0, 1, 2), (1, 9, 99, 0, 0))
+    assert 0 < seconds(NO_DRAFTS) <= seconds(small) <= seconds(large) < math.inf
+    assert seconds(chain(MOST_DRAFTS)) < math.inf
+
+
+def test_a_time_for_each_row_and_for_each_level_is_found(monkeypatch):
+    """With turns that move a clock of their own: plain ones by 5 seconds, others by 6, a row by 0.1, a level by 2."""
+    now = [0.0]
+
+    def true_seconds(tree: DraftTree) -> float:
+        return 5.0 if tree == NO_DRAFTS else 6 + 0.1 * n_rows(tree) + 2.0 * tree.depth[-1]
+
+    class Clocked:
+        def __init__(self, model, method, *args, **settings):
+            self.tree = method.tree
+
+        def stream(self, *args):
+            while True:
+                now[0] += true_seconds(self.tree)
+                yield
+
+    monkeypatch.setattr("minipass.auto.Engine", Clocked)
+    monkeypatch.setattr("minipass.auto.time.perf_counter", lambda: now[0])
+    seconds = turn_seconds(random_model(seed=1), ACCURACY, SAMPLED)
+    for tree in (NO_DRAFTS, chain(1), chain(3), best_tree(ACCURACY, 12), DraftTree((0, 0, 1), (2, 0, 0, 0))):
+        assert seconds(tree) == pytest.approx(true_seconds(tree))
 
 
 def test_a_likeliest_tree_has_as_many_rows_as_the_best_fixed_one_and_more_drafts_to_choose_from():

@@ -124,10 +124,10 @@ def test_a_nan_in_a_checkpoint_is_one_sentence_of_sample(call, tmp_path):  # noq
         lambda: minipass.best_tree([[math.nan]], 3),
         lambda: minipass.best_tree([[0.5]], "3"),
         lambda: minipass.best_tree([[0.5, 0.2]] * 8, 10**12),
-        lambda: minipass.AdaptiveTree([[0.5, 0.2]], lambda rows: 0),
-        lambda: minipass.AdaptiveTree([[0.5, 0.2]], lambda rows: math.nan),
-        lambda: minipass.AdaptiveTree([[0.5, 0.2], [0.3]], lambda rows: 1),
-        lambda: minipass.AdaptiveTree([["a", 0.2]], lambda rows: 1),
+        lambda: minipass.AdaptiveTree([[0.5, 0.2]], lambda tree: 0),
+        lambda: minipass.AdaptiveTree([[0.5, 0.2]], lambda tree: math.nan),
+        lambda: minipass.AdaptiveTree([[0.5, 0.2], [0.3]], lambda tree: 1),
+        lambda: minipass.AdaptiveTree([["a", 0.2]], lambda tree: 1),
     ],
 )
 def test_what_is_no_name_no_figure_or_no_time_is_an_input_error(wrong):
