@@ -119,11 +119,13 @@ class Decoder:
         keys = keys[TARGET if self.rule == COUPLED else DRAFT]  # coupled: drafts race with the target's noise
         n_missing = max(0, tree.depth[-1] - handed.hidden.shape[1])
         hidden = F.pad(handed.hidden, (0, 0, 0, n_missing))  # (B, D or L, n_embd)
+        levels = nodes.levels if copied is None else nodes.levels[: handed.hidden.shape[1]]
         likely = None
-        if self.scores_candidates and nodes.levels:
-            likely = F.pad(handed.logits, (0, 0, 0, n_missing)).topk(max(N_CANDIDATES, tree.width)).indices
+        if self.scores_candidates and levels:
+            scores = F.pad(handed.logits, (0, 0, 0, n_missing))[:, : len(levels)]
+            likely = scores.topk(max(N_CANDIDATES, tree.width)).indices
         tokens, made, sure = handed.root[:, None], [], []  # (B, 1 + drafts so far)
-        for level in nodes.levels:
+        for level in levels:
             candidates = None if likely is None else likely[:, level.place]
             if len(self.models) > 1:
                 logits = self.run_draft_model(handed if tokens.shape[1] == 1 else None, tokens)
@@ -142,15 +144,19 @@ class Decoder:
             tokens = torch.cat([tokens, drawn], dim=1)
             made.append(p)
         tokens = tokens[:, 1:]  # (B, N)
+        n_drawn = tokens.shape[1]
+        if copied is not None:
+            tokens = torch.cat([tokens, copied[:, n_drawn:]], dim=1)
         if tree.keep:
             nodes = nodes.likeliest(tree.keep, torch.cat(sure, dim=1))
             tokens = tokens.gather(1, nodes.kept[:, 1:] - 1)
-        if self.rule == COUPLED or not made:
+        if self.rule == COUPLED or not tree.parents:
             return nodes, Drafts(tokens)
-        p = torch.cat([each.dense(self.model.config.vocab_size) for each in made], dim=1)  # (B, places, V)
+        p = [each.dense(self.model.config.vocab_size) for each in made]  # (B, places, V)
         if copied is not None:
-            p = torch.where((copied >= 0)[..., None], torch.zeros_like(p).scatter(2, tokens[..., None], 1.0), p)
-        return nodes, Drafts(tokens, F.pad(p, (0, 0, 0, 1))[:, nodes.p_row])
+            certain = F.one_hot(tokens, self.model.config.vocab_size).double()  # (B, N, V)
+            p = [torch.where(copied[..., None] < 0, torch.cat([*p, certain[:, n_drawn:]], dim=1), certain)]
+        return nodes, Drafts(tokens, F.pad(torch.cat(p, dim=1), (0, 0, 0, 1))[:, nodes.p_row])
 
     def run_draft_model(self, handed: Handed | None, tokens: torch.Tensor) -> torch.Tensor:
         """Logits (B, 1, V) of the draft model after the drafts so far, tokens (B, 1 + drafts).
@@ -320,7 +326,7 @@ def fused(texts: Texts, trees: Iterator[DraftTree], lookup: int) -> Schedule:
     """Each turn verifies a tree, as deep as the turn before looked ahead, and looks ahead as deep as the tree is."""
     indices, ahead = [PromptLookup() for _ in texts.texts], 0
     for tree in trees:
-        depth, copied = tree.depth[-1], copied_drafts(indices, texts, lookup) if lookup else None
+        depth, copied = tree.depth[-1], copied_drafts(indices, texts, lookup, ahead) if lookup else None
         yield (Shape(tree.cut(ahead), depth), None) if copied is None else (copied_shape(lookup, depth), copied)
         ahead = depth
 
@@ -409,7 +415,11 @@ class Engine:
                     if not self.use_graphs and decoder.rule == COUPLED:  # else the batch would show in its texts
                         shape = shape.cut(texts.room)
                     if copied is not None:
-                        copied = torch.tensor([copied[b][: len(shape.tree.parents)] for b in texts.rows])
+                        copied = torch.tensor(
+                            [copied[b][: len(shape.tree.parents)] for b in texts.rows], dtype=torch.int64
+                        )
+                        if (copied >= 0).all():  # nothing is to be drawn
+                            handed = handed._replace(hidden=handed.hidden[:, :0], logits=handed.logits[:, :0])
                         copied = copied.to(decoder.device, non_blocking=True)
                     result = (decoder.replay if self.use_graphs else decoder.turn)(shape, handed, copied)
                     handed = result.handed

@@ -38,9 +38,10 @@ class PromptLookup:
         return []
 
 
-def copied_drafts(indices: Sequence[PromptLookup], texts: Texts, n: int) -> list[list[int]] | None:
-    """n drafts for each text, -1 for a text that does not repeat itself; None if no text does. Updates the indices."""
+def copied_drafts(indices: Sequence[PromptLookup], texts: Texts, n: int, n_ahead: int) -> list[list[int]] | None:
+    """n drafts for each text; None if no text repeats itself. For one that does not, n_ahead times -1, for a draft from
+    a look-ahead row, and then a token as good as any. Updates the indices."""
     for index, text in zip(indices, texts.texts, strict=True):
         index.extend(text[len(index.text) :])
     found = [index.drafts(n) if texts.left(b) > 0 else [] for b, index in enumerate(indices)]
-    return [drafts or [-1] * n for drafts in found] if any(found) else None
+    return [drafts or ([-1] * n_ahead + [0] * n)[:n] for drafts in found] if any(found) else None
