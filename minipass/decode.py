@@ -112,7 +112,8 @@ class Decoder:
         """Draws a draft for each node: siblings are the best of one race, with p from look-ahead rows or a draft model.
 
         With a draft head or a draft model p depends on the parent's token, so drafts are drawn level by level.
-        copied: (B, N) int64, only for a chain: where not negative, the token to draft instead; it then has all of p.
+        copied: (B, N) int64, only for a chain: where not negative, the token to draft instead; it then has all of p, as
+        does token 0 where no look-ahead row gives p.
         Returns the nodes that the pass verifies, and their drafts.
         """
         tree, nodes = shape.tree, shape.on(self.device, self.by_parent)
@@ -146,7 +147,7 @@ class Decoder:
         tokens = tokens[:, 1:]  # (B, N)
         n_drawn = tokens.shape[1]
         if copied is not None:
-            tokens = torch.cat([tokens, copied[:, n_drawn:]], dim=1)
+            tokens = torch.cat([tokens, copied[:, n_drawn:].clamp(min=0)], dim=1)
         if tree.keep:
             nodes = nodes.likeliest(tree.keep, torch.cat(sure, dim=1))
             tokens = tokens.gather(1, nodes.kept[:, 1:] - 1)
@@ -323,20 +324,25 @@ class TwoModels(Method):
 
 
 def fused(texts: Texts, trees: Iterator[DraftTree], lookup: int) -> Schedule:
-    """Each turn verifies a tree, as deep as the turn before looked ahead, and looks ahead as deep as the tree is."""
+    """Each turn verifies a tree, as deep as the turn before looked ahead, and looks ahead as deep as the tree is.
+
+    Where a text repeats itself, copied drafts take the tree's place. A copy that only the text's last token has led to
+    is worth less than drafts of look-ahead tokens, and comes only where there are none.
+    """
     indices, ahead = [PromptLookup() for _ in texts.texts], 0
     for tree in trees:
-        depth, copied = tree.depth[-1], copied_drafts(indices, texts, lookup, ahead) if lookup else None
-        yield (Shape(tree.cut(ahead), depth), None) if copied is None else (copied_shape(lookup, depth), copied)
-        ahead = depth
+        depth, copied = tree.depth[-1], copied_drafts(indices, texts, lookup, 2 if ahead else 1) if lookup else None
+        if copied is None:
+            shape = Shape(tree.cut(ahead), depth)
+        else:
+            shape = copied_shape(lookup, depth if any(drafts[0] < 0 for drafts in copied) else 0)
+        yield shape, copied
+        ahead = shape.n_lookahead
 
 
 def copied_shape(n_drafts: int, n_lookahead: int) -> Shape:
-    """A chain of copied drafts, with look-ahead tokens after the root alone: they serve when no copied draft is right.
-    When all are right, the next drafts are most likely copied, too."""
-    copied = chain(n_drafts)
-    groups = (n_lookahead, *[0] * n_drafts) if n_lookahead else None
-    return Shape(DraftTree(copied.parents, groups), n_lookahead)
+    """A chain of copied drafts, with look-ahead tokens after the root alone: for the texts that lack copied drafts."""
+    return Shape(DraftTree(chain(n_drafts).parents, (max(1, n_lookahead), *[0] * n_drafts)), n_lookahead)
 
 
 FUSED, GREEDY = Fused(), Sampling()  # the defaults

@@ -25,23 +25,26 @@ class PromptLookup:
                 self.follows[tuple(self.text[-n:])] = len(self.text)
             self.text.append(token)
 
-    def drafts(self, n_drafts: int) -> list[int]:
-        """The n_drafts tokens that followed where the text's last tokens stood before; none if they never did.
+    def drafts(self, n_drafts: int, shortest: int = 1) -> list[int]:
+        """The n_drafts tokens that followed where the text's last `shortest` tokens or more stood before; none if they
+        never did.
 
         A copy that reaches the end of the text goes on from its own beginning, as a loop does.
         """
         for n in NGRAMS:
             start = self.follows.get(tuple(self.text[-n:]))
-            if start is not None:
+            if start is not None and n >= shortest:
                 followed = self.text[start : start + n_drafts]
                 return [followed[i % len(followed)] for i in range(n_drafts)]
         return []
 
 
-def copied_drafts(indices: Sequence[PromptLookup], texts: Texts, n: int, n_ahead: int) -> list[list[int]] | None:
-    """n drafts for each text; None if no text repeats itself. For one that does not, n_ahead times -1, for a draft from
-    a look-ahead row, and then a token as good as any. Updates the indices."""
+def copied_drafts(indices: Sequence[PromptLookup], texts: Texts, n: int, shortest: int) -> list[list[int]] | None:
+    """n drafts for each text, -1 for a text that does not repeat itself; None if no text does. Updates the indices.
+
+    shortest: at least so many last tokens must have stood there before.
+    """
     for index, text in zip(indices, texts.texts, strict=True):
         index.extend(text[len(index.text) :])
-    found = [index.drafts(n) if texts.left(b) > 0 else [] for b, index in enumerate(indices)]
-    return [drafts or ([-1] * n_ahead + [0] * n)[:n] for drafts in found] if any(found) else None
+    found = [index.drafts(n, shortest) if texts.left(b) > 0 else [] for b, index in enumerate(indices)]
+    return [drafts or [-1] * n for drafts in found] if any(found) else None

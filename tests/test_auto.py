@@ -128,7 +128,8 @@ def test_a_tree_that_changes_leaves_the_texts_as_they_are(rule, sampling, lookup
         generation.add(turn)
         trees.append(method.chooser.tree)
     assert generation.tokens == Engine(lively_model, Plain(), sampling).generate(prompts, 60).tokens
-    assert len(set(trees)) > 1, "it did change"
+    looping = lookup and sampling.temperature == 0  # nearly all drafts are copied
+    assert looping or len(set(trees)) > 1, "it did change"
 
 
 class Restless(AdaptiveTree):

@@ -425,7 +425,7 @@ def test_the_command_writes_a_table_a_csv_and_a_json(tmp_path, monkeypatch, caps
     few = {number: EXERCISES[number] for number in (2, 10)}
     monkeypatch.setattr(grade, "EXERCISES", few)
     zipped(tmp_path / "right.zip", REAL, "minipass/")
-    zipped(tmp_path / "wrong.zip", planted("decode.py", "ahead = depth", "ahead = max(ahead, depth)"), "minipass/")
+    zipped(tmp_path / "wrong.zip", planted("decode.py", "ahead = shape", "ahead = depth or shape"), "minipass/")
     grade.main([str(tmp_path), "--out", str(tmp_path / "out"), "--processes", "1"])
     rows = list(csv.reader((tmp_path / "out" / "grades.csv").open(encoding="utf-8")))
     assert rows[0] == ["submission", "exercise 2", "exercise 10", "total"]
@@ -433,7 +433,7 @@ def test_the_command_writes_a_table_a_csv_and_a_json(tmp_path, monkeypatch, caps
     details = json.loads((tmp_path / "out" / "grades.json").read_text("utf-8"))["submissions"]
     assert details["right"]["exercise 10"] == {"points": 6, "of": 6, "messages": []}
     (message,) = details["wrong"]["exercise 10"]["messages"]
-    assert message.startswith("a turn can verify a tree only as deep as the turn before looked ahead")
+    assert message == "after a turn that did not look ahead there are no drafts"
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:4]] == ["16", "16", "15"]
 
 

@@ -47,6 +47,12 @@ def test_the_longest_of_several_places_decides_and_of_equal_ones_the_last():
     assert drafts([3, 4, 0, 3, 5, 0, 3], 2) == [5, 0]
 
 
+def test_fewer_tokens_than_asked_for_lead_to_no_copy():
+    lookup = PromptLookup()
+    lookup.extend([1, 2, 3, 0, 2, 3])
+    assert [lookup.drafts(1, shortest) for shortest in (1, 2, 3)] == [[0], [0], []]
+
+
 def test_a_copy_that_reaches_the_end_continues_with_its_own_beginning():
     assert drafts([7, 1, 2, 1, 2], 5) == [1, 2, 1, 2, 1]
     assert drafts([4], 5) == []

@@ -1434,14 +1434,24 @@ def test_drafts_are_copied_where_a_text_repeats_itself():
     (turn,) = told(schedule)
     assert turn[3] == [[3, 1, 2, 3], [-1] * 4], "copied_drafts should give the drafts, from an index for each text"
     assert turn[:3] == ([0, 1, 2, 3], [2, 0, 0, 0, 0], 2), (
-        "copied drafts are verified in a shape of their own, copied_shape"
+        "copied drafts are verified in a shape of their own, copied_shape; here a text without them looks ahead"
     )
     texts.texts[0].append(6), texts.texts[1].append(3)
-    assert told(schedule) == [([0, 1], [2] * 3, 2, None)], "where no text repeats itself, the tree should be verified"
+    own = [0, 1], [2] * 3, 2, None
+    assert told(schedule) == [own], "where no text repeats itself, the tree should be verified"
     texts.texts[1].append(0)
+    assert told(schedule) == [own], "after a turn that looked ahead, two tokens should have stood there before"
+    texts.texts[1].append(3)
     (turn,) = told(schedule)
-    assert turn[3] == [[-1] * 4, [3, 0, 3, 0]], "each turn should copy from the texts as they are by then"
+    assert turn[3] == [[-1] * 4, [0, 3, 0, 3]], "each turn should copy from the texts as they are by then"
     assert told(fused(texts, repeat(chain(2)), 0))[0][3] is None, "lookup 0: nothing should be copied"
+    texts = begun([1, 2, 3, 1])
+    schedule = fused(texts, repeat(chain(2)), 4)
+    (turn,) = told(schedule)
+    assert turn[3] == [[2, 3, 1, 2]], "where no turn has looked ahead, one token is enough to copy what followed it"
+    assert turn[1:3] == ([0] * 5, 0), "where all texts have copied drafts, no look-ahead token is needed"
+    texts.texts[0].append(7)
+    assert told(schedule) == [([], [2], 2, None)], "after a turn that did not look ahead there are no drafts"
 
 
 # 11. The look-ahead loss
