@@ -138,7 +138,8 @@ class Decoder:
                 p = Distribution(candidates.gather(2, p.tokens), p.probs)
             race = self.sampling.race(p, keys[:, level.place], tree.width)  # (B, n, width)
             drawn = race.tokens[:, level.source, level.rank]  # (B, m)
-            sure.append(race.probs[:, level.source, level.rank])
+            if tree.keep:
+                sure.append(race.probs[:, level.source, level.rank])
             if copied is not None:
                 given = copied[:, tokens.shape[1] - 1 :][:, : drawn.shape[1]]
                 drawn = torch.where(given >= 0, given, drawn)

@@ -180,7 +180,8 @@ class Matrix(nn.Linear):
         """(B, R, in_features) to (B, R, out_features); the last n_lookahead rows are look-ahead rows."""
         y = linear(x, self.weight, self.bias)
         if self.down is not None and n_lookahead:
-            y[:, -n_lookahead:].add_(F.linear(F.linear(x[:, -n_lookahead:], self.down), self.up))
+            low = F.linear(x[:, -n_lookahead:], self.down)
+            y[:, -n_lookahead:].baddbmm_(low, self.up.T.to(low.dtype).expand(len(x), -1, -1))  # autocast has another
         return y
 
     def new_adapter(self, rank: int) -> None:
