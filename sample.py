@@ -24,7 +24,8 @@ from minipass.api import DEFAULT_LOOKAHEAD, DEFAULT_LOOKUP, DEFAULT_TREE, make_m
 from minipass.auto import MOST_AUTO_LOOKAHEAD, AdaptiveTree, Auto, best_tree, likeliest_tree, turn_seconds
 from minipass.chat import encode_chat
 from minipass.cli import choose_device, choose_dtype, run_script
-from minipass.decode import Engine, Plain
+from minipass.decode import Plain
+from minipass.engine import Engine
 from minipass.errors import InputError
 from minipass.extras.trace import Trace
 from minipass.sampling import COUPLED, REJECTION, RULES, Sampling

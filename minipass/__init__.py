@@ -8,7 +8,8 @@ print(loaded.encoding.decode(result.tokens[0]), result.tokens_per_pass)
 
 from minipass.api import generate, make_method
 from minipass.auto import AdaptiveTree, Auto, best_tree, likeliest_tree
-from minipass.decode import Engine, Fused, Plain, TwoModels, TwoPass
+from minipass.decode import Fused, Plain, TwoModels, TwoPass
+from minipass.engine import Engine
 from minipass.errors import InputError
 from minipass.model import GPT, GPTConfig, KVCache
 from minipass.pretrained import from_pretrained

@@ -4,7 +4,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from minipass.decode import Engine, Fused, Method, Plain, TwoModels, TwoPass
+from minipass.decode import Fused, Method, Plain, TwoModels, TwoPass
+from minipass.engine import Engine
 from minipass.errors import InputError
 from minipass.model import GPT
 from minipass.sampling import COUPLED, REJECTION, Sampling

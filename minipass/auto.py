@@ -1,8 +1,9 @@
-"""Which draft tree? Chosen from how often drafts of each rank are right, and from what rows cost on this machine.
+"""Which draft tree? Chosen from how often drafts of each rank are right, and from how long turns take on this machine.
 
 More drafts and more look-ahead tokens save passes, but every row takes time: little where a pass is bound by reading
-weights, much where it is bound by computing. The choice rests on a small model of a generation, `expected_tokens`: it
-may be wrong about speed, never about the text. Where no drafts are worth their rows, it decodes plainly.
+weights, much where it is bound by computing. So does each level of drafts that a draft head draws. The choice rests on
+a small model of a generation, `expected_tokens`: it may be wrong about speed, never about the text. Where no drafts are
+worth their rows, it decodes plainly.
 """
 
 import heapq
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minipass.decode import Engine, Fused, Method, Schedule, copied_shape, fused
+from minipass.decode import Fused, Method, Schedule, copied_shape, fused
+from minipass.engine import Engine
 from minipass.errors import InputError, whole
 from minipass.files import explained
 from minipass.model import GPT
@@ -147,10 +149,10 @@ def turn_seconds(
 ) -> Callable[[DraftTree], float]:
     """Measures turns of several shapes; returns the time of a turn with any tree.
 
-    A plain turn takes what was measured. Turns with drafts take a time for each row and, since drafts are drawn level
-    by level, for each level; both by least squares. The shapes take turns with each other, `turns` times each; fewer
-    where that takes long, as on a CPU with a large model. A turn has waited for the device when it comes, so the clock
-    needs no more.
+    A plain turn takes what was measured. Turns with drafts take some time, and more for each row and, since a draft
+    head draws level by level, for each level: least squares. The shapes take turns with each other, `turns` times each;
+    fewer where that takes long, as on a CPU with a large model. A turn has waited for the device when it comes, so the
+    clock needs no more.
     """
     complete = [best_tree(accuracy[:depth], n) for depth, n in ((0, 0), (1, 1), (2, 2), (2, 8))]
     deep = [best_tree(accuracy, n) for n in (5, 24)]  # with look-ahead rows after the root alone, so with few rows
@@ -170,7 +172,10 @@ def turn_seconds(
             times[-1].append(time.perf_counter() - began)
     plain, *drafting = np.median(times[N_WARM_UP:], axis=0).tolist()
     sizes, mean = np.array([(n_rows(tree), tree.depth[-1]) for tree in timed[1:]]), np.mean(drafting)
-    row, level = np.linalg.lstsq(sizes - sizes.mean(0), drafting - mean)[0].clip(min=0).tolist()
+    slopes = np.ones(2)
+    for _ in range(2):  # the second time without what took less than no time
+        slopes = np.linalg.lstsq((sizes - sizes.mean(0)) * (slopes > 0), drafting - mean, rcond=None)[0]
+    row, level = slopes.clip(min=0).tolist()
     fixed = float(mean - sizes.mean(0) @ (row, level))
     return lambda tree: max(plain, fixed + row * n_rows(tree) + level * tree.depth[-1]) if tree.parents else plain
 
@@ -181,8 +186,8 @@ class AdaptiveTree:
     Where that is none, turns decode plainly; since these show nothing of drafts, a tree is tried again now and then.
 
     accuracy: as evaluated beforehand; seconds: of a turn with a tree. The choice, from a few trees, depends on past
-    turns alone, so the text keeps the target's distribution. What was learned from one text serves the next one.
-    Raises InputError when a figure is missing or not finite, or a turn takes no time.
+    turns alone, so a text with a seed of its own keeps the target's distribution. What was learned from one text serves
+    the next one. Raises InputError when a figure is missing or not finite, or a turn takes no time.
     """
 
     def __init__(self, accuracy: Accuracy, seconds: Callable[[DraftTree], float]):

@@ -1,4 +1,4 @@
-"""Decoding on one page: a turn is one pass of the model, and a method is a schedule of pass shapes.
+"""The turn and the methods: a turn is one pass of the model, and a method is a schedule of pass shapes.
 
 The paper's Algorithm 1 (PaSS, arXiv 2311.13581, section 3) takes two turns to emit up to L + 2 tokens, `TwoPass`:
   draft   rows [root, LA_1..LA_L]: the root's output gives the next token, that of LA_i the draft distribution of the
@@ -7,26 +7,25 @@ The paper's Algorithm 1 (PaSS, arXiv 2311.13581, section 3) takes two turns to e
 `Fused` does both in each turn: look-ahead tokens follow every draft, in case it is the last one accepted. This is not
 in the paper; BiTA (arXiv 2401.12522), PPD (2405.18628) and Apple's multi-token work (2507.11851) do it too.
 
-Between turns the cache holds all tokens of a text but the last, the root. `Decoder` is the device's side: its turn is a
-function of tensors, which a CUDA graph can record. `Engine` is the host's side: the loop over turns.
+Between turns the cache holds all tokens of a text but the last, the root. A `Decoder` is the device's side: its turn is
+a function of tensors, which a CUDA graph can record. The host's side, the loop over turns, is in engine.py.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain as joined
 from itertools import cycle, repeat
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from minipass import graphs, kernels
-from minipass.errors import InputError, whole
+from minipass import graphs
+from minipass.errors import InputError
 from minipass.lookup import PromptLookup, copied_drafts
 from minipass.model import GPT, KVCache
 from minipass.sampling import COUPLED, DRAFT, REJECTION, RULES, TARGET, Distribution, Sampling, mix, stream_keys
-from minipass.texts import Generation, Prompts, Seeds, StopTokens, Texts, Turn
+from minipass.texts import Texts
 from minipass.trees import Drafts, DraftTree, Nodes, Shape, accept, chain, pick
 
 KEPT_ROWS = 256  # rows of one prefill pass, where the cache has kept the beginning of a prompt
@@ -112,8 +111,8 @@ class Decoder:
         """Draws a draft for each node: siblings are the best of one race, with p from look-ahead rows or a draft model.
 
         With a draft head or a draft model p depends on the parent's token, so drafts are drawn level by level.
-        copied: (B, N) int64, only for a chain: where not negative, the token to draft instead; it then has all of p, as
-        does token 0 where no look-ahead row gives p.
+        copied: (B, N) int64, only for a chain: the token to draft, with all of p. -1: draw it, or past the look-ahead
+        rows, where nothing is known, take any.
         Returns the nodes that the pass verifies, and their drafts.
         """
         tree, nodes = shape.tree, shape.on(self.device, self.by_parent)
@@ -156,7 +155,8 @@ class Decoder:
             return nodes, Drafts(tokens)
         p = [each.dense(self.model.config.vocab_size) for each in made]  # (B, places, V)
         if copied is not None:
-            certain = F.one_hot(tokens, self.model.config.vocab_size).double()  # (B, N, V)
+            ones = torch.ones_like(tokens[..., None], dtype=torch.float64)
+            certain = Distribution(tokens[..., None], ones).dense(self.model.config.vocab_size)  # (B, N, V)
             p = [torch.where(copied[..., None] < 0, torch.cat([*p, certain[:, n_drawn:]], dim=1), certain)]
         return nodes, Drafts(tokens, F.pad(torch.cat(p, dim=1), (0, 0, 0, 1))[:, nodes.p_row])
 
@@ -327,153 +327,22 @@ class TwoModels(Method):
 def fused(texts: Texts, trees: Iterator[DraftTree], lookup: int) -> Schedule:
     """Each turn verifies a tree, as deep as the turn before looked ahead, and looks ahead as deep as the tree is.
 
-    Where a text repeats itself, copied drafts take the tree's place. A copy that only the text's last token has led to
-    is worth less than drafts of look-ahead tokens, and comes only where there are none.
+    Where a text repeats itself, copied drafts take the tree's place. A copy found by the text's last token alone is
+    worth less than drafts of look-ahead tokens, and is used only where there are none.
     """
     indices, ahead = [PromptLookup() for _ in texts.texts], 0
     for tree in trees:
-        depth, copied = tree.depth[-1], copied_drafts(indices, texts, lookup, 2 if ahead else 1) if lookup else None
+        drafts, depth = tree.cut(ahead), tree.depth[-1]
+        copied = copied_drafts(indices, texts, lookup, 2 if drafts.parents else 1) if lookup else None
         if copied is None:
-            shape = Shape(tree.cut(ahead), depth)
+            shape = Shape(drafts, depth)
         else:
-            shape = copied_shape(lookup, depth if any(drafts[0] < 0 for drafts in copied) else 0)
+            shape = copied_shape(lookup, depth if any(tokens[0] < 0 for tokens in copied) else 0)
         yield shape, copied
         ahead = shape.n_lookahead
 
 
 def copied_shape(n_drafts: int, n_lookahead: int) -> Shape:
     """A chain of copied drafts, with look-ahead tokens after the root alone: for the texts that lack copied drafts."""
+    # A tree wants one token after the root at least; n_lookahead may still be 0.
     return Shape(DraftTree(chain(n_drafts).parents, (max(1, n_lookahead), *[0] * n_drafts)), n_lookahead)
-
-
-FUSED, GREEDY = Fused(), Sampling()  # the defaults
-
-
-class Engine:
-    """A model, a method and settings, made once and used for many texts. A text has the target distribution.
-
-    method: Plain(), TwoPass(..), Fused(..), TwoModels(..) or auto.Auto(..). sampling: greedy by default.
-    use_graphs: on CUDA, turns are recorded as graphs and replayed; shapes are then not cut near a text's end.
-    keep_cache: the beginning that a prompt shares with the text before it is not computed again, as in a chat.
-    Raises InputError where the model does not fit the method.
-    """
-
-    def __init__(
-        self, model: GPT, method: Method = FUSED, sampling: Sampling = GREEDY, *,
-        use_graphs: bool = False, keep_cache: bool = False,
-    ) -> None:  # fmt: skip
-        for given, kind in ((model, GPT), (method, Method), (sampling, Sampling)):
-            if not isinstance(given, kind):
-                raise InputError(f"an Engine needs a {kind.__name__} here, not {given!r:.60}")
-        config, token, drafter = model.config, method.fixed_token, method.draft_model
-        ahead, width = (
-            max(each) for each in zip(*((s.n_lookahead, s.tree.width) for s in method.largest), strict=True)
-        )
-        if token is not None:
-            whole(token, "fixed_token", 0, config.vocab_size - 1)
-        elif ahead > config.n_lookahead:
-            raise InputError(f"the method needs {ahead} look-ahead tokens, but the model has {config.n_lookahead}")
-        if width > config.vocab_size:
-            raise InputError(f"the tree has {width} drafts for one place, the vocabulary only {config.vocab_size}")
-        if drafter is not None and (
-            drafter.config.vocab_size != config.vocab_size
-            or drafter.config.block_size < config.block_size
-            or drafter.device != model.device
-        ):
-            raise InputError("the draft model must have the model's vocabulary and device, and no smaller window")
-        if keep_cache and drafter is not None:
-            raise InputError("keep_cache is for methods with one model")
-        if use_graphs and not graphs.available(model.device):
-            raise InputError(f"turns can be recorded as graphs on CUDA only, not on {model.device}")
-        model = model if token is None else model.with_lookahead(model.wte.weight[[token] * ahead])
-        self.models = [model] if drafter is None else [model, drafter]
-        for each in self.models:
-            kernels.pack(each)
-        self.method, self.sampling, self.use_graphs = method, sampling, use_graphs
-        self.keep_cache = keep_cache
-        self.kept: tuple[Decoder | None, list[int]] = None, []  # the last one, and the tokens in its cache
-        self.idle: dict[int, list[Decoder]] = defaultdict(list)  # by texts: those whose graphs are recorded
-
-    def stream(
-        self, prompts: Prompts, max_new_tokens: int, *, stop_token: StopTokens = None, seed: Seeds = 0
-    ) -> Iterator[Turn]:
-        """Continues one or several prompts, yielding a record of each turn.
-
-        prompts: a sequence of token ids, or a list of such sequences of any lengths. Each text ends after
-        max_new_tokens, or with a stop token (one or several), which is emitted. seed: a number for each text, or one
-        number s, which gives text b the seed s + b. Under the coupled rule, and when greedy, a text depends on
-        weights, prompt and seed alone: it is plain decoding's. Under the rejection rule it also depends on the method,
-        but not on the batch (unless lookup or Auto choose shapes for the whole batch).
-        Raises InputError for anything out of bounds, before the first pass.
-        """
-        return self._turns(Texts(prompts, max_new_tokens, stop_token, seed, self.models[0].config))
-
-    @torch.inference_mode()
-    def _turns(self, texts: Texts) -> Iterator[Turn]:
-        """The loop: one prefill a window, then turn after turn."""
-        while max(texts.wanted):
-            contexts, starts, seeds = texts.begin_window(with_ended=self.use_graphs)
-            decoder, n_kept = self._decoder(contexts, max(map(len, contexts)) + max(texts.wanted))
-            handed, schedule = decoder.begin(contexts, starts, seeds, n_kept), self.method.schedule(texts)
-            try:
-                while texts.room:
-                    handed = self._without_ended(texts, decoder, handed)
-                    shape, copied = next(schedule)
-                    if not self.use_graphs and decoder.rule == COUPLED:  # else the batch would show in its texts
-                        shape = shape.cut(texts.room)
-                    if copied is not None:
-                        copied = torch.tensor(
-                            [copied[b][: len(shape.tree.parents)] for b in texts.rows], dtype=torch.int64
-                        )
-                        if (copied >= 0).all():  # nothing is to be drawn
-                            handed = handed._replace(hidden=handed.hidden[:, :0], logits=handed.logits[:, :0])
-                        copied = copied.to(decoder.device, non_blocking=True)
-                    result = (decoder.replay if self.use_graphs else decoder.turn)(shape, handed, copied)
-                    handed = result.handed
-                    yield texts.emit(shape, result.for_host.tolist(), result, len(self.models))  # the host sync
-            finally:
-                if self.keep_cache and len(contexts) == 1:
-                    (b,) = texts.rows
-                    self.kept = decoder, texts.texts[b][texts.start[b] :][: int(decoder.cache.length)]
-                elif self.use_graphs:
-                    self.idle[len(contexts)].append(decoder)
-
-    def _decoder(self, contexts: list[list[int]], n_tokens: int) -> tuple[Decoder, int]:
-        """A Decoder with room for n_tokens and turns that overshoot, and how many tokens of the context it holds.
-
-        It is the kept one if that fits, with graphs an idle one, or else a new one.
-        """
-        block_size = self.models[0].config.block_size
-        n_slots = block_size if self.use_graphs else min(n_tokens, block_size)
-        shapes = self.method.largest  # an ended text may have overshot by one's depth when another's rows are written
-        n_slots += max(shape.n_rows for shape in shapes) + max(shape.tree.depth[-1] for shape in shapes)
-        n_texts, (old, held), n_kept = len(contexts), self.kept, 0
-        if old is not None and n_texts == 1:
-            self.kept = None, []  # until this text is done: no other may use it, and it may be interrupted
-            same = [a == b for a, b in zip(held, contexts[0][:-1], strict=False)]
-            n_kept = [*same, False].index(False)
-            if old.cache.max_len >= n_slots:
-                return old, n_kept
-        if self.idle[n_texts]:
-            return self.idle[n_texts].pop(), 0
-        decoder = Decoder(self.models, self.sampling, self.method.rule, n_texts, n_slots)
-        if n_kept:
-            decoder.cache.pairs[:, :, :n_kept] = old.cache.pairs[:, :, :n_kept]
-        return decoder, n_kept
-
-    def _without_ended(self, texts: Texts, decoder: Decoder, handed: Handed) -> Handed:
-        """Ended texts stay as they are, and leave the batch once half of it has ended; a graph keeps its batch."""
-        rows = texts.active_rows()
-        if len(rows) != decoder.n_active:
-            if not self.use_graphs and 2 * len(rows) <= len(texts.rows):
-                texts.rows, handed = [texts.rows[row] for row in rows], decoder.select(rows, handed)
-                rows = range(len(rows))
-            decoder.set_active(rows)
-        return handed
-
-    def generate(self, prompts: Prompts, max_new_tokens: int, **settings: Any) -> Generation:
-        """`stream` to its end, with the same arguments and errors: the new tokens of each prompt, and counts."""
-        generation = Generation()
-        for turn in self.stream(prompts, max_new_tokens, **settings):
-            generation.add(turn)
-        return generation

@@ -32,19 +32,21 @@ class PromptLookup:
         A copy that reaches the end of the text goes on from its own beginning, as a loop does.
         """
         for n in NGRAMS:
-            start = self.follows.get(tuple(self.text[-n:]))
-            if start is not None and n >= shortest:
+            start = self.follows.get(tuple(self.text[-n:])) if n >= shortest else None
+            if start is not None:
                 followed = self.text[start : start + n_drafts]
                 return [followed[i % len(followed)] for i in range(n_drafts)]
         return []
 
 
 def copied_drafts(indices: Sequence[PromptLookup], texts: Texts, n: int, shortest: int) -> list[list[int]] | None:
-    """n drafts for each text, -1 for a text that does not repeat itself; None if no text does. Updates the indices.
+    """n drafts for each text; None if no text that continues repeats itself. Updates the indices.
 
-    shortest: at least so many last tokens must have stood there before.
+    -1 for a text that continues but does not repeat itself. shortest: of the last tokens, so many or more must have
+    stood in the text before.
     """
     for index, text in zip(indices, texts.texts, strict=True):
         index.extend(text[len(index.text) :])
-    found = [index.drafts(n, shortest) if texts.left(b) > 0 else [] for b, index in enumerate(indices)]
-    return [drafts or [-1] * n for drafts in found] if any(found) else None
+    found = [index.drafts(n, shortest) if texts.left(b) > 0 else [0] * n for b, index in enumerate(indices)]
+    copies = any(drafts and texts.left(b) > 0 for b, drafts in enumerate(found))
+    return [drafts or [-1] * n for drafts in found] if copies else None

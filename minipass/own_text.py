@@ -11,7 +11,8 @@ import tiktoken
 from tqdm import tqdm
 
 from minipass.chat import encode_chat
-from minipass.decode import Engine, Plain
+from minipass.decode import Plain
+from minipass.engine import Engine
 from minipass.model import GPT
 from minipass.sampling import Sampling
 from minipass.tokenizer import stop_tokens

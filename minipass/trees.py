@@ -6,7 +6,7 @@ paper's two passes, the fused pass and trees of drafts are the same turn with di
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -176,7 +176,7 @@ class Shape:
             return (1 + self.tree.keep) * (1 + self.n_lookahead)
         return len(self.tree.depth) + sum(self.tree.lengths(self.n_lookahead))
 
-    @lru_cache(maxsize=1024)  # noqa: B019 - shapes are few and small
+    @cache  # noqa: B019 - shapes are few and small, and recorded graphs read these tensors
     def on(self, device: torch.device, by_parent: bool = False) -> Nodes:
         """The shape's indices on a device. by_parent: drafts are drawn depth by depth, each node's children from a p
         that knows its token; else all drafts are drawn at once, from one p for each depth."""

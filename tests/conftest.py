@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 from minipass import losses
 from minipass.auto import AdaptiveTree, Auto, n_rows
-from minipass.decode import GREEDY, Fused, Plain, TwoModels, TwoPass
+from minipass.decode import Fused, Plain, TwoModels, TwoPass
+from minipass.engine import GREEDY
 from minipass.extras.course.test_exercises import FORKED, slow_probabilities
 from minipass.model import GPT, GPTConfig
 from minipass.sampling import COUPLED, RULES, Distribution, Sampling

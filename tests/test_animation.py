@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 import pytest
 from conftest import random_lively_model
 
-from minipass.decode import Engine, Fused, Plain
+from minipass.decode import Fused, Plain
+from minipass.engine import Engine
 from minipass.errors import InputError
 from minipass.extras import animation
 from minipass.extras.animation import COLUMNS, cells, measure, svg

@@ -24,7 +24,8 @@ from minipass.auto import (
     turn_seconds,
     with_fewer_rows,
 )
-from minipass.decode import Engine, Plain, copied_shape
+from minipass.decode import Plain, copied_shape
+from minipass.engine import Engine
 from minipass.errors import InputError
 from minipass.sampling import COUPLED, REJECTION, Sampling
 from minipass.texts import Generation, Turn
@@ -128,8 +129,7 @@ def test_a_tree_that_changes_leaves_the_texts_as_they_are(rule, sampling, lookup
         generation.add(turn)
         trees.append(method.chooser.tree)
     assert generation.tokens == Engine(lively_model, Plain(), sampling).generate(prompts, 60).tokens
-    looping = lookup and sampling.temperature == 0  # nearly all drafts are copied
-    assert looping or len(set(trees)) > 1, "it did change"
+    assert lookup or len(set(trees)) > 1, "it did change; with lookup most drafts are copied"
 
 
 class Restless(AdaptiveTree):

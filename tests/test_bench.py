@@ -14,7 +14,8 @@ from conftest import random_model
 from minipass import weights
 from minipass.cli import run_script
 from minipass.data import read_documents
-from minipass.decode import Engine, Fused, Plain, TwoModels, TwoPass
+from minipass.decode import Fused, Plain, TwoModels, TwoPass
+from minipass.engine import Engine
 from minipass.extras.benchmark import contenders, experiments, functions, subjects
 from minipass.extras.benchmark.experiments import EXPERIMENTS, overview
 from minipass.extras.benchmark.measuring import (

@@ -16,7 +16,8 @@ from test_pretrained import ANSWERED, END, START, TEMPLATE, a_llama, drafting, l
 
 from minipass import weights
 from minipass.chat import MARK, encode_chat
-from minipass.decode import GREEDY, Engine, Plain
+from minipass.decode import Plain
+from minipass.engine import GREEDY, Engine
 from minipass.errors import InputError
 from minipass.model import GPTConfig
 from minipass.tokenizer import build_encoding, encode_text, encoding_of_json

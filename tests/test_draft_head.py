@@ -19,7 +19,8 @@ from conftest import (
 )
 
 from minipass import decode, trees, weights
-from minipass.decode import Decoder, Engine, Fused, TwoPass
+from minipass.decode import Decoder, Fused, TwoPass
+from minipass.engine import Engine
 from minipass.errors import InputError
 from minipass.extras.course.test_exercises import SlowHead
 from minipass.layout import path, with_groups

@@ -25,7 +25,8 @@ from conftest import (
 import minipass
 from minipass import decode, trees
 from minipass.auto import Auto
-from minipass.decode import GREEDY, Decoder, Engine, Fused, Plain, TwoModels, TwoPass
+from minipass.decode import Decoder, Fused, Plain, TwoModels, TwoPass
+from minipass.engine import GREEDY, Engine
 from minipass.errors import InputError
 from minipass.extras.course import test_exercises as graders
 from minipass.extras.course.test_exercises import slow_probabilities

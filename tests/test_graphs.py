@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minipass import graphs
-from minipass.decode import GREEDY, Decoder, Engine, Handed, copied_shape
+from minipass.decode import Decoder, Handed, copied_shape
+from minipass.engine import GREEDY, Engine
 from minipass.model import GPT, GPTConfig
 from minipass.sampling import COUPLED, REJECTION, RULES, Sampling
 from minipass.trees import Shape, chain
@@ -183,6 +184,7 @@ SHAPES = {
     "fused tree": Shape(TREE, 3),
     "incomplete groups": Shape(SPARSE, 3),
     "copied": copied_shape(5, 3),
+    "all copied": copied_shape(5, 0),
     "two models": Shape(chain(3)),
 }
 SOME, ALL = Sampling(0.8, top_k=3, top_p=0.9), Sampling(1.0)  # of the tokens
@@ -192,14 +194,16 @@ SOME, ALL = Sampling(0.8, top_k=3, top_p=0.9), Sampling(1.0)  # of the tokens
 @pytest.mark.parametrize(
     ("rule", "sampling"), [(COUPLED, GREEDY), *((rule, each) for rule in RULES for each in (SOME, ALL))]
 )
+@pytest.mark.parametrize("n_draft", [0, 8])
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_turn_neither_waits_for_the_device_nor_brings_anything_from_the_host(name, rule, sampling):
-    sizes = {"vocab_size": 11, "block_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16}
+def test_a_turn_neither_waits_for_the_device_nor_brings_anything_from_the_host(name, n_draft, rule, sampling):
+    sizes = {"vocab_size": 11, "block_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_draft": n_draft}
     models = [GPT(GPTConfig(n_lookahead=n, **sizes)).to("meta") for n in (4, 0)]
     decoder = Decoder(models if name == "two models" else models[:1], sampling, rule, n_texts=2, max_len=120)
     root = torch.zeros(2, dtype=torch.int64, device="meta")
-    handed = Handed(root, root, torch.zeros(2, 3, 16, device="meta"), torch.zeros(2, 0, 11, device="meta"))
-    copied = root[:, None].expand(2, 5) if name == "copied" else None
+    hidden = torch.zeros(2, 0 if name == "all copied" else 3, 16, device="meta")
+    handed = Handed(root, root, hidden, torch.zeros(2, 0, 11, device="meta"))
+    copied = root[:, None].expand(2, 5) if "copied" in name else None
     decoder.turn(SHAPES[name], handed, copied)  # tables of indices come into being, as in the run before a recording
     with NoHostTensors(), NoHostIndices():
         decoder.turn(SHAPES[name], handed, copied)

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from conftest import random_lively_model
 
 from minipass import kernels
-from minipass.decode import Engine, Fused, Plain
+from minipass.decode import Fused, Plain
+from minipass.engine import Engine
 
 needs_onednn = pytest.mark.skipif(not kernels.available(), reason="PyTorch without oneDNN")
 

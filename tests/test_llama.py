@@ -13,7 +13,8 @@ from conftest import TREE, noisy, plain_text, random_lively_model, random_model,
 from test_exactness import differs, each_way, engine, p_values, random_prompts
 
 from minipass import losses, model, pretrained, weights
-from minipass.decode import GREEDY, Decoder, Engine, Fused, Plain, TwoModels, TwoPass
+from minipass.decode import Decoder, Fused, Plain, TwoModels, TwoPass
+from minipass.engine import GREEDY, Engine
 from minipass.errors import InputError
 from minipass.layout import path, with_groups
 from minipass.model import GPT, GPTConfig, KVCache, Matrix, is_drafting

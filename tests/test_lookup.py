@@ -5,9 +5,11 @@ import random
 import pytest
 from conftest import plain_text
 
-from minipass.decode import Engine, Fused
-from minipass.lookup import NGRAMS, PromptLookup
+from minipass.decode import Fused
+from minipass.engine import Engine
+from minipass.lookup import NGRAMS, PromptLookup, copied_drafts
 from minipass.sampling import REJECTION, RULES, Sampling
+from minipass.texts import Texts
 
 
 def drafts(text: list[int], n_drafts: int) -> list[int]:
@@ -51,6 +53,17 @@ def test_fewer_tokens_than_asked_for_lead_to_no_copy():
     lookup = PromptLookup()
     lookup.extend([1, 2, 3, 0, 2, 3])
     assert [lookup.drafts(1, shortest) for shortest in (1, 2, 3)] == [[0], [0], []]
+
+
+def test_a_text_that_has_ended_neither_copies_nor_asks_for_look_ahead_tokens(model):
+    texts = Texts([[1, 2, 1], [3, 4, 3], [5, 6]], 9, None, 0, model.config)
+    texts.begin_window(with_ended=True)
+    indices = [PromptLookup() for _ in texts.texts]
+    assert copied_drafts(indices, texts, 2, 1) == [[2, 1], [4, 3], [-1, -1]]
+    texts.wanted[1:] = 0, 0
+    assert copied_drafts(indices, texts, 2, 1) == [[2, 1], [0, 0], [0, 0]]
+    texts.wanted = [0, 0, 9]
+    assert copied_drafts(indices, texts, 2, 1) is None
 
 
 def test_a_copy_that_reaches_the_end_continues_with_its_own_beginning():

@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 import minipass.decode
 import minipass.sampling
 import minipass.trees
-from minipass.decode import Engine, TwoPass
+from minipass.decode import TwoPass
+from minipass.engine import Engine
 from minipass.errors import InputError
 from minipass.sampling import DRAFT, TARGET, Distribution, Sampling, mix, stream_keys, uniform
 from minipass.trees import Drafts, Shape, accept, chain

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from minipass.api import METHODS, make_method
-from minipass.decode import Engine, Handed, Result
+from minipass.decode import Handed, Result
+from minipass.engine import Engine
 from minipass.errors import InputError
 from minipass.extras.trace import NOT_REACHED, REJECTED, TEXT_ENDED, Trace, number_of
 from minipass.sampling import RULES, Distribution, Sampling

@@ -9,7 +9,8 @@ import torch
 from conftest import SPARSE, TREE, chi_square_p_value, random_model, sequence_probabilities, slow_logits, whole
 
 import minipass.trees
-from minipass.decode import Engine, Fused, Plain
+from minipass.decode import Fused, Plain
+from minipass.engine import Engine
 from minipass.errors import InputError
 from minipass.extras.course.test_exercises import agreement, children, random_tree, way
 from minipass.layout import Layout

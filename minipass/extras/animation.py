@@ -19,7 +19,8 @@ import tiktoken
 from minipass import weights
 from minipass.api import DEFAULT_LOOKAHEAD
 from minipass.cli import choose_device, choose_dtype, run_script
-from minipass.decode import Engine, Fused, Plain
+from minipass.decode import Fused, Plain
+from minipass.engine import Engine
 from minipass.errors import InputError
 from minipass.extras.trace import characters, plain
 from minipass.files import atomic_write

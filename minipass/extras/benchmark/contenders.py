@@ -18,7 +18,8 @@ import torch
 from minipass import pretrained
 from minipass.api import DEFAULT_LOOKUP
 from minipass.auto import MOST_AUTO_LOOKAHEAD, AdaptiveTree, Auto, turn_seconds
-from minipass.decode import Engine, Fused, Method, Plain, TwoModels, TwoPass
+from minipass.decode import Fused, Method, Plain, TwoModels, TwoPass
+from minipass.engine import Engine
 from minipass.errors import InputError
 from minipass.extras.benchmark import measuring
 from minipass.extras.benchmark.measuring import Run, now, seconds_in_turns

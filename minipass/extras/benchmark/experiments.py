@@ -11,7 +11,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from minipass import weights
-from minipass.decode import Engine, Fused, TwoPass
+from minipass.decode import Fused, TwoPass
+from minipass.engine import Engine
 from minipass.errors import InputError
 from minipass.extras.benchmark import contenders, functions
 from minipass.extras.benchmark.contenders import DECODINGS, GREEDY, SAMPLED, Contender, in_a_row

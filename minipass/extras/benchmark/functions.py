@@ -9,7 +9,7 @@ from contextlib import suppress
 import tiktoken
 from tqdm import tqdm
 
-from minipass.decode import Engine
+from minipass.engine import Engine
 from minipass.tokenizer import encode_text, stop_tokens
 
 BATCH = 32

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minipass.decode import Engine
+from minipass.engine import Engine
 from minipass.texts import Generation, Prompts, Turn
 
 NGRAM, WARM_UPS = 8, 3

@@ -21,7 +21,8 @@ import torch
 
 from minipass import layout as layouts
 from minipass import sampling as noise
-from minipass.decode import Decoder, Engine, Method, Result, TwoPass, fused
+from minipass.decode import Decoder, Method, Result, TwoPass, fused
+from minipass.engine import Engine
 from minipass.layout import CACHE_END, Layout, tree, with_groups
 from minipass.losses import TV_SCALE, lookahead_loss, rows_after_cuts, training_pass
 from minipass.model import GPT, DraftHead, GPTConfig, KVCache
