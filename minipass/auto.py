@@ -139,7 +139,7 @@ def n_rows(tree: DraftTree) -> int:
 
 def fastest_tree(accuracy: Accuracy, seconds: Callable[[DraftTree], float]) -> DraftTree:
     """The tree with most expected tokens per second, or none where plain decoding has most."""
-    trees = {best_tree(accuracy[:depth], n): None for depth in range(1, 1 + len(accuracy)) for n in SIZES}
+    trees = dict.fromkeys(best_tree(accuracy[:depth], n) for depth in range(1, 1 + len(accuracy)) for n in SIZES)
     shapes = [shape for tree in trees for shape in with_fewer_rows(tree, accuracy)]
     return max([NO_DRAFTS, *shapes], key=lambda shape: expected_tokens(shape, accuracy) / _time(seconds, shape))
 

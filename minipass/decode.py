@@ -112,7 +112,7 @@ class Decoder:
 
         With a draft head or a draft model p depends on the parent's token, so drafts are drawn level by level.
         copied: (B, N) int64, only for a chain: the token to draft, with all of p. -1: draw it, or past the look-ahead
-        rows, where nothing is known, take any.
+        rows, where nothing is known, take the root's token.
         Returns the nodes that the pass verifies, and their drafts.
         """
         tree, nodes = shape.tree, shape.on(self.device, self.by_parent)
@@ -147,7 +147,8 @@ class Decoder:
         tokens = tokens[:, 1:]  # (B, N)
         n_drawn = tokens.shape[1]
         if copied is not None:
-            tokens = torch.cat([tokens, copied[:, n_drawn:].clamp(min=0)], dim=1)
+            rest = copied[:, n_drawn:]
+            tokens = torch.cat([tokens, torch.where(rest < 0, handed.root[:, None], rest)], dim=1)
         if tree.keep:
             nodes = nodes.likeliest(tree.keep, torch.cat(sure, dim=1))
             tokens = tokens.gather(1, nodes.kept[:, 1:] - 1)

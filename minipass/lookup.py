@@ -47,6 +47,6 @@ def copied_drafts(indices: Sequence[PromptLookup], texts: Texts, n: int, shortes
     """
     for index, text in zip(indices, texts.texts, strict=True):
         index.extend(text[len(index.text) :])
-    found = [index.drafts(n, shortest) if texts.left(b) > 0 else [0] * n for b, index in enumerate(indices)]
-    copies = any(drafts and texts.left(b) > 0 for b, drafts in enumerate(found))
-    return [drafts or [-1] * n for drafts in found] if copies else None
+    missing = [-1 if texts.left(b) > 0 else 0 for b in range(len(indices))]
+    found = [index.drafts(n, shortest) if token else [] for index, token in zip(indices, missing, strict=True)]
+    return [drafts or [token] * n for drafts, token in zip(found, missing, strict=True)] if any(found) else None

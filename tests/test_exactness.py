@@ -204,7 +204,7 @@ def test_greedy_texts_keep_changing_so_equality_means_something(lively):
 def test_texts_have_drafts_that_are_accepted_and_drafts_that_are_not(way, sampling, lively):
     prompts = random_prompts(random.Random(0), 20, longest=10)
     result = engine(way, *lively, sampling).generate(prompts, 20)
-    assert 0.03 < sum(result.accepted) / sum(result.tested) < 0.9
+    assert 0.05 < sum(result.accepted) / sum(result.tested) < 0.9
 
 
 # Temperature above 0: the distribution of whole texts, against exact enumeration. One batch of copies, each with a seed
