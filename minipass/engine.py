@@ -112,10 +112,12 @@ class Engine:
 
         It is the kept one if that fits, with graphs an idle one, or else a new one.
         """
-        block_size = self.models[0].config.block_size
-        n_slots = block_size if self.use_graphs else min(n_tokens, block_size)
+        n_slots = min(n_tokens, self.models[0].config.block_size)
         shapes = self.method.largest  # a text may end one tree's depth too far while rows of other texts are written
         n_slots += max(shape.n_rows for shape in shapes) + max(shape.tree.depth[-1] for shape in shapes)
+        # Every turn reads all slots, so there are no more than needed. For recorded turns their number is a power of 2,
+        # so that there are few to record. A GPU's attention copies the mask in each layer unless 16 divides it.
+        n_slots = 1 << (n_slots - 1).bit_length() if self.use_graphs else n_slots + -n_slots % 16
         n_texts, (old, held), n_kept = len(contexts), self.kept, 0
         if old is not None and n_texts == 1:
             self.kept = None, []  # until this text is done: no other may use it, and it may be interrupted
@@ -123,8 +125,9 @@ class Engine:
             n_kept = [*same, False].index(False)
             if old.cache.max_len >= n_slots:
                 return old, n_kept
-        if self.idle[n_texts]:
-            return self.idle[n_texts].pop(), 0
+        for i, decoder in enumerate(self.idle[n_texts]):
+            if n_slots <= decoder.cache.max_len <= 2 * n_slots:  # a text's next window may need half as many
+                return self.idle[n_texts].pop(i), 0
         decoder = Decoder(self.models, self.sampling, self.method.rule, n_texts, n_slots)
         if n_kept:
             decoder.cache.pairs[:, :, :n_kept] = old.cache.pairs[:, :, :n_kept]

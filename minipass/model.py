@@ -158,8 +158,9 @@ class KVCache:
 class Pass(NamedTuple):
     """What every block of a pass needs to know.
 
-    mask: (B or 1, R, keys), True or 0 where a row sees a key; None is causal, over the rows alone.
-    rotary: cosines and sines (B or 1, R, 1, head_dim) of the rows' positions, or None where these are learned.
+    mask: (B or 1, 1, R x H / H', keys), each row once for each of the query heads that share keys, True or 0 where it
+    sees a key; None is causal, over the rows alone.
+    rotary: cosines and sines (B or 1, R, heads, head_dim) of the rows' positions, or None where these are learned.
     n_lookahead: how many of the rows, the last ones, are look-ahead rows.
     """
 
@@ -205,32 +206,35 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, this: Pass, store: Callable | None) -> torch.Tensor:
         """x: (B, R, n_embd). store: writes the rows' keys and values and returns all. Returns (B, R, n_embd)."""
-        heads = self.c_attn(x, this.n_lookahead).unflatten(2, (-1, self.head_dim))  # (B, R, H + 2 H', hd)
+        heads = self.c_attn(x, this.n_lookahead).view(*x.shape[:2], -1, self.head_dim)  # (B, R, H + 2 H', hd)
         if this.rotary is not None:
-            q_and_k, v = heads.split([self.n_head + self.kv_heads, self.kv_heads], dim=2)
-            heads = torch.cat([rotated(q_and_k, *this.rotary), v], dim=2)
+            heads = rotated(heads, *this.rotary)
         q, pairs = heads[:, :, : self.n_head], heads[:, :, self.n_head :].unflatten(2, (2, -1))
         if store is not None:
             cached = store(pairs)  # (B, max_len, 2, H', hd)
             pairs = pairs if this.mask is None else cached  # prefill: the rows are all that there is
-        q, k, v = q.transpose(1, 2), pairs[:, :, 0].transpose(1, 2), pairs[:, :, 1].transpose(1, 2)  # (B, H, .., hd)
+        k, v = pairs.permute(2, 0, 3, 1, 4).unbind()  # (B, H', keys, hd)
         if this.mask is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads < self.n_head)
+            sharing = self.kv_heads < self.n_head
+            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=sharing)
         else:  # heads that share keys and values become more rows of one head: the keys are read once
-            rows = q.reshape(len(q), self.kv_heads, -1, self.head_dim)  # (B, H', H / H' x R, hd)
-            y = F.scaled_dot_product_attention(rows, k, v, attn_mask=this.mask[:, None])
-        y = y.reshape(len(q), self.n_head, -1, self.head_dim)
+            rows = q.unflatten(2, (self.kv_heads, -1)).transpose(1, 2).flatten(2, 3)  # (B, H', R x H / H', hd)
+            y = F.scaled_dot_product_attention(rows, k, v, attn_mask=this.mask)
+            y = y.unflatten(2, (x.shape[1], -1)).flatten(3)
         return self.c_proj(y.transpose(1, 2).flatten(2), this.n_lookahead)
 
 
 def rotary(position: torch.Tensor, config: GPTConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines (.., 1, head_dim) for `rotated`, of positions (..) (RoPE, arXiv 2104.09864, section 3.2)."""
+    """Cosines and sines (.., heads, head_dim) for `rotated`, of positions (..) (RoPE, arXiv 2104.09864, section 3.2).
+
+    The heads are those of q, k and v side by side; those of v are turned by no angle.
+    """
     precise = torch.promote_types(dtype, torch.float32)
     exponent = torch.arange(0, config.head_width, 2, device=position.device, dtype=precise) / config.head_width
-    angle = (position[..., None] / config.rope_theta**exponent).repeat(*[1] * position.dim(), 2)[..., None, :]
-    sign = torch.ones_like(angle)
-    sign[..., : config.head_width // 2] = -1
-    return angle.cos().to(dtype), (sign * angle.sin()).to(dtype)
+    angle = position[..., None, None] / config.rope_theta**exponent  # (.., 1, head_dim / 2)
+    angle = F.pad(angle.expand(*position.shape, config.n_head + config.kv_heads, -1), (0, 0, 0, config.kv_heads))
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -398,7 +402,7 @@ class GPT(nn.Module):
             position = layout.depth if cache is None else cache.length[:, None] + layout.depth
             mask = layout.visible if cache is None else cache.mask(layout)  # (B or 1, R, keys), for all heads
             n_sharing = self.config.n_head // self.config.kv_heads  # heads with the same keys: see Attention
-            mask = mask[:, None].expand(-1, n_sharing, -1, -1).flatten(1, 2)
+            mask = mask[:, None, :, None].expand(-1, -1, -1, n_sharing, -1).flatten(2, 3)
         position = position.clamp(max=block_size - 1)
         if self.wpe is not None:
             x = x + self.wpe(position)
