@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     add, which = parser.add_argument, parser.add_mutually_exclusive_group()
     which.add_argument("--full", action="store_true", help="run all experiments that have what they need")
     which.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME", help="run these (default: headline)")
-    add("--checkpoint", default="joint", help="a file, or the name of one in the package (default: %(default)s)")
+    add("--checkpoint", default="joint", help="as in sample.py (default: %(default)s)")
     add("--draft-model", metavar="CHECKPOINT", help="drafts for two-model decoding (default: draft, if it fits)")
     add("--compare", nargs="+", default=[], metavar="RUN", help="acceptance, bases: checkpoints, or folders of runs")
     add("--data", help=f"a path, {', '.join(BUILT_IN)}: its held-out files give the prompts (default: python)")

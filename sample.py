@@ -65,8 +65,8 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument_group("what to write").add_argument
-    add("text", nargs="?", metavar="PROMPT", help="text to continue, or - to read it from standard input (default: the "
-        "beginning of a Python class)")  # fmt: skip
+    add("text", nargs="?", metavar="PROMPT", help="text to continue, or - to read it from standard input; write it before "
+        "--pass and --prompt-lookup (default: the beginning of a Python class)")  # fmt: skip
     add("--prompt", metavar="PROMPT", help="another way to give the prompt")
     add("--keep-newline", action="store_true", help="keep the last line end of standard input")
     add("--chat", nargs="?", const="", metavar="TEXT", help="answer TEXT, with a model trained for conversations; "

@@ -83,8 +83,8 @@ def parse_arguments() -> argparse.Namespace:
     # fmt: off
     add("--stage", choices=("base", "lookahead", "joint"), default="joint", help="what to train (default: joint)")
     add("--out", type=Path, default=Path("runs/tiny"), help="folder of the run (default: %(default)s)")
-    add("--init", metavar="CHECKPOINT", help="start from these weights and their tokenizer: a file, or a model of "
-        "others: smollm2, a GGUF file, a folder of a GPT-2 or Llama, or its name on the hub")
+    add("--init", metavar="CHECKPOINT", help="start from these weights and their tokenizer: a file, the folder of "
+        "a run, a name in the package, or a model of others: smollm2, a GGUF file, a folder of a GPT-2 or Llama, or its name on the hub")
     add("--adapters", metavar="FILE", help="start from these adapters for --init: a file, or the folder of its run")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--data", nargs="+", default=["python"], metavar="SOURCE", help="python, installed, docstrings, a UTF-8 file "
@@ -112,8 +112,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--lora-rank", type=int, help="lookahead: rank of the gated adapters of the base's matrices, which act on "
         "look-ahead rows alone (default: as in --adapters, else 0, none)")
     add("--window", type=int, help=f"tokens of text in a window (default: context window, at most {LONGEST_WINDOW})")
-    add("--groups", type=int, default=16, help="look-ahead groups in each window; more where they are shorter, in as "
-        "many rows (default: %(default)s)")
+    add("--groups", type=int, default=16, help="look-ahead groups in each window; of shorter groups more, so that "
+        "there are as many rows (default: %(default)s)")
     for name, text in SIZES.items():
         default = getattr(GPTConfig, name)
         add(f"--{name.replace('_', '-')}", type=int, help=f"{text} (default: as in --init, else {default})")

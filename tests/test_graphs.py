@@ -134,6 +134,18 @@ def test_a_recording_engine_writes_the_same_text_for_the_same_seed(way, lively, 
     assert first != other
 
 
+def test_recorded_turns_read_few_more_slots_than_the_text_needs(stand_in):
+    model = random_lively_model(seed=2, block_size=512)
+    engine = recorded(("fused", COUPLED), model, None)
+    for prompt, most in (([1, 2, 3], 64), ([4, 5], 64), ([3] * 200, 512)):  # of 3, 2 and 200 tokens, and 16 new ones
+        assert engine.generate(prompt, 16).tokens == [plain_text(model, prompt, 16)]
+        sizes = [decoder.cache.max_len for decoder in engine.idle[1]]
+        assert max(sizes) <= most and all(size % 16 == 0 for size in sizes)
+    assert len(sizes) == 2, "a new decoder is for a text that does not fit into those there"
+    engine.generate([1, 2, 3], 16)
+    assert len(engine.idle[1]) == 2, "a short text goes on with the small one"
+
+
 def test_two_streams_at_once_from_one_engine_do_not_share_a_decoder(lively, stand_in):
     engine, prompts = recorded(("fused", COUPLED), *lively), [[1, 2, 3], [4, 5, 6]]
     streams, texts = [engine.stream(prompt, 20) for prompt in prompts], [[], []]

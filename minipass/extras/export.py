@@ -11,7 +11,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m minipass.extras.export", description="Writes a checkpoint as a folder that Transformers opens."
     )
-    parser.add_argument("checkpoint", help="a checkpoint's file, or the name of one in the package")
+    parser.add_argument("checkpoint", help="a checkpoint, as in sample.py --checkpoint")
     parser.add_argument("folder", type=Path, help="the folder to write")
     args = parser.parse_args()
     model = weights.load(args.checkpoint).model
