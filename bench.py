@@ -110,7 +110,7 @@ def read_results(path: Path | None) -> dict:
 def main() -> None:
     args = parse_arguments()
     bench, results = prepare(args), read_results(args.json)
-    where = setting(bench)
+    where, before = setting(bench), {**results}
 
     def write_results() -> None:
         if args.json:
@@ -129,8 +129,9 @@ def main() -> None:
         n_said = 0  # parts of the report; each is said as soon as it is there
         try:
             for report in EXPERIMENTS[name](bench):
-                results[name] = {"setting": where, **report.data}
-                write_results()
+                if name not in before:  # a whole one of an earlier run stays until this one is whole
+                    results[name] = {"setting": where, **report.data}
+                    write_results()
                 with heedless() if args.json else nullcontext():
                     head = [] if n_said else [f"**{name}**: {EXPERIMENTS[name].__doc__}"]
                     print("\n\n".join([*head, *report.parts[n_said:], ""]), flush=True)
@@ -138,8 +139,13 @@ def main() -> None:
         except InputError as error:
             if not args.full:
                 raise
+            if name not in before:
+                results.pop(name, None)
+                write_results()
             print(f"**{name}** is left out: {error}\n", flush=True)
             continue
+        results[name] = {"setting": where, **report.data}
+        write_results()
         draw(name, report.picture)
         with heedless() if args.json else nullcontext():
             print(f"{where}\n", flush=True)

@@ -6,6 +6,7 @@ follows on standard error.
 
 import argparse
 import codecs
+import copy
 import json
 import os
 import re
@@ -45,6 +46,7 @@ DEFAULT_PROMPT = '''class Stack:
     def push(self, item):'''  # no line end: the tokens of this text hold it together with the indentation after it
 DEFAULT_TREE_SIZE = 8
 AUTO = "auto"
+CONVERSATION = object()  # --chat without a text
 CHAT_TEMPERATURE = 0.0  # small models are right more often when they are greedy
 EXAMPLES = """Five examples
 
@@ -65,12 +67,12 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument_group("what to write").add_argument
-    add("text", nargs="?", metavar="PROMPT", help="text to continue, or - to read it from standard input; write it before "
-        "--pass and --prompt-lookup (default: the beginning of a Python class)")  # fmt: skip
+    add("text", nargs="?", metavar="PROMPT", help="text to continue, or - to read it from standard input; write it "
+        "before --pass and --prompt-lookup (default: the beginning of a Python class)")  # fmt: skip
     add("--prompt", metavar="PROMPT", help="another way to give the prompt")
     add("--keep-newline", action="store_true", help="keep the last line end of standard input")
-    add("--chat", nargs="?", const="", metavar="TEXT", help="answer TEXT, with a model trained for conversations; "
-        "without TEXT, hold a conversation, which an empty line ends")  # fmt: skip
+    add("--chat", nargs="?", const=CONVERSATION, metavar="TEXT", help="answer TEXT, with a model trained for "
+        "conversations; without TEXT, hold a conversation, which an empty line ends")  # fmt: skip
     add("--system", default="", metavar="TEXT", help="instructions to the model of --chat (default: "
         "none, not even those of its chat template)")  # fmt: skip
     add(
@@ -130,7 +132,9 @@ def parse_arguments() -> argparse.Namespace:
     if args.chat is not None:
         if args.prompt is not None:
             raise InputError("--chat and a prompt exclude each other")
-        if args.chat == "" and (args.compare or args.json or args.trace):
+        if args.chat == "":
+            raise InputError("the message of --chat is empty; give at least one character")
+        if args.chat is CONVERSATION and (args.compare or args.json or args.trace):
             raise InputError("a conversation goes with none of --compare, --json and --trace: give --chat a text")
     if args.max_new_tokens is None:
         args.max_new_tokens = 128 if args.chat is None else 512
@@ -150,6 +154,7 @@ def parse_arguments() -> argparse.Namespace:
         ("rule", args.variant or args.prompt_lookup, "--pass or --prompt-lookup"),
         ("prompt_lookup", args.variant != "two-pass", "--pass fused or --pass tree, or no --pass"),
         ("keep_newline", args.prompt == "-", "a prompt from standard input, named -"),
+        ("system", args.chat is not None, "--chat"),
     ):
         if getattr(args, name) and not used:
             raise InputError(f"--{name.replace('_', '-')} needs {needed}")
@@ -257,7 +262,11 @@ def converse(loaded: weights.Checkpoint, engine: Engine, args: argparse.Namespac
     """
     messages: list[dict[str, str]] = []
     stop, block_size = stop_tokens(loaded.encoding), loaded.model.config.block_size
-    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+    def answer_to(prompt: list[int]) -> Iterator[Turn]:
+        return engine.stream(prompt, args.max_new_tokens, stop_token=stop, seed=args.seed)
+
+    answer_to(ask(loaded, args.system, "?"))  # finds a bad setting before anything is read
     while True:
         try:
             question = input("> " if sys.stdin.isatty() else "").strip()
@@ -271,12 +280,7 @@ def converse(loaded: weights.Checkpoint, engine: Engine, args: argparse.Namespac
         while len(prompt) + args.max_new_tokens > block_size and messages:  # forgets the oldest question and answer
             del messages[:2]
             prompt = ask(loaded, args.system, question, messages)
-        printer = TextPrinter(loaded.encoding, coloured)
-        turns = engine.stream(prompt, args.max_new_tokens, stop_token=stop, seed=args.seed)
-        result, seconds = run(turns, lambda turn, printer=printer: printer.write(turn.tokens[0], turn.origins[0]))
-        printer.write_bytes(b"", final=True)
-        print(flush=True)
-        print(statistics_line(result, seconds, coloured and sys.stderr.isatty()), file=sys.stderr)
+        result = print_text(loaded.encoding, answer_to(prompt))
         answer = loaded.encoding.decode([token for token in result.tokens[0] if token not in stop])
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -300,10 +304,11 @@ def compare(
     may_differ: why their texts may differ. If it is empty and they differ, exits with a sentence and status 1.
     """
     rates: dict[str, list[float]] = {name: [] for name in engines}
-    results = {}
+    results, methods = {}, {name: copy.deepcopy(engine.method) for name, engine in engines.items()}
     for repeat in range(repeats + 1):
-        for name in engines:
-            results[name], seconds = run(turns_of(engines[name]))
+        for name, engine in engines.items():
+            engine.method = copy.deepcopy(methods[name])  # auto learns from a text: each run begins like the first
+            results[name], seconds = run(turns_of(engine))
             if repeat:
                 rates[name].append(len(results[name].tokens[0]) / seconds)
     print(f"{'':16}{'tokens/s':>10}{'tokens/pass':>13}{'tokens':>8}{'passes':>8}")
@@ -350,7 +355,9 @@ def print_json(method: str, encoding: tiktoken.Encoding, turns: Iterator[Turn], 
     print(json.dumps(figures), flush=True)
 
 
-def print_text(prompt: bytes, encoding: tiktoken.Encoding, turns: Iterator[Turn], on_turn: OnTurn) -> None:
+def print_text(
+    encoding: tiktoken.Encoding, turns: Iterator[Turn], prompt: bytes = b"", on_turn: OnTurn = lambda turn: None
+) -> Generation:
     """Prints the text as it is written, then a line of statistics on standard error."""
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     printer = TextPrinter(encoding, coloured)
@@ -365,6 +372,7 @@ def print_text(prompt: bytes, encoding: tiktoken.Encoding, turns: Iterator[Turn]
     printer.write_bytes(b"", final=True)
     print(flush=True)
     print(statistics_line(result, seconds, coloured and sys.stderr.isatty()), file=sys.stderr)
+    return result
 
 
 def main() -> None:
@@ -376,7 +384,7 @@ def main() -> None:
     loaded = weights.load(args.checkpoint, device=device, dtype=dtype, adapters=args.adapters)
     encoding, stop = loaded.encoding, stop_tokens(loaded.encoding)
     method = choose_method(loaded, args, sampling)
-    if args.chat == "":
+    if args.chat is CONVERSATION:
         converse(loaded, Engine(loaded.model, method, sampling, use_graphs=args.cuda_graphs, keep_cache=True), args)
         return
     engine = Engine(loaded.model, method, sampling, use_graphs=args.cuda_graphs)
@@ -409,7 +417,7 @@ def main() -> None:
         if args.json:
             print_json(args.method, encoding, turns_of(engine), on_turn)
         else:
-            print_text(prompt, encoding, turns_of(engine), on_turn)
+            print_text(encoding, turns_of(engine), prompt, on_turn)
     finally:  # also after an interrupt, or when nobody reads the output any more
         if args.trace and trace.turns:
             trace.write(args.trace)

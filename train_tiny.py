@@ -83,8 +83,9 @@ def parse_arguments() -> argparse.Namespace:
     # fmt: off
     add("--stage", choices=("base", "lookahead", "joint"), default="joint", help="what to train (default: joint)")
     add("--out", type=Path, default=Path("runs/tiny"), help="folder of the run (default: %(default)s)")
-    add("--init", metavar="CHECKPOINT", help="start from these weights and their tokenizer: a file, the folder of "
-        "a run, a name in the package, or a model of others: smollm2, a GGUF file, a folder of a GPT-2 or Llama, or its name on the hub")
+    add("--init", metavar="CHECKPOINT", help="start from these weights and their tokenizer: a file, the folder of a "
+        "run, a name in the package, or a model of others: smollm2, a GGUF file, a folder of a GPT-2 or Llama, or its "
+        "name on the hub")
     add("--adapters", metavar="FILE", help="start from these adapters for --init: a file, or the folder of its run")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--data", nargs="+", default=["python"], metavar="SOURCE", help="python, installed, docstrings, a UTF-8 file "
@@ -188,7 +189,7 @@ def make_optimizers(model: GPT, stage: str, lr: float) -> list[torch.optim.Optim
     """For what the stage trains: Muon for the matrices of blocks and draft head, AdamW for the rest.
 
     Muon, with updates scaled to the size of AdamW's, reaches the same loss in clearly fewer steps. In the lookahead
-    stage draft head and adapters have lower learning rates than the table.
+    stage the matrices of draft head and adapters have lower learning rates than the table.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_drafting(name) == (stage == "lookahead") or stage == "joint")
@@ -321,13 +322,13 @@ def draw_batch(
 ) -> tuple[torch.Tensor, np.ndarray, int]:
     """What step `step` trains on, from the seed and the step alone: windows (batch_size, window + 1) int64, the cuts
     where their look-ahead groups hang (batch_size, G) int64, and L, the look-ahead tokens in a group. The sources in
-    `tokens`, each (N,), alternate within a batch.
+    `tokens`, each (N,), take turns, from batch to batch too, and so get equal shares of the windows.
 
     From step to step L is all of the table, half or a quarter of it. Shorter groups leave rows for more groups, which
     train the near positions, and these count most.
     """
     rng = np.random.default_rng([args.seed, step])
-    length, each = window(config, args), np.arange(args.batch_size) % len(tokens)
+    length, each = window(config, args), (np.arange(args.batch_size) + step * args.batch_size) % len(tokens)
     windows = torch.cat(
         [sample_windows(source, n, length + 1, rng) for source, n in zip(tokens, np.bincount(each), strict=False)]
     )
@@ -402,7 +403,9 @@ class Trainer:
         pretrained = args.stage == "lookahead" and args.init and is_pretrained(args.init)
         self.base = located(vars(args))["init"] if pretrained else None
         self.last = args.out / "last.pt"
-        if os.path.exists(self.last) and not args.resume:  # False where Path.exists raises: a name that is too long
+        made = self.last, args.out / weights.MODEL, args.out / weights.ADAPTERS
+        # os.path.exists is False where Path.exists raises: for a name that is too long.
+        if any(map(os.path.exists, made)) and not args.resume:
             raise InputError(f"{args.out} already holds a run: go on with --resume, or name another folder with --out")
         loaded = unfinished_run(self.last, args) if args.resume else None
         if args.steps is None and args.minutes is None:
@@ -426,7 +429,8 @@ class Trainer:
     def _prepare(self, loaded: weights.Checkpoint | None) -> None:
         """Model and encoded corpus: those of the run that goes on, or new ones."""
         args = self.args
-        sources = sorted(args.data, key=lambda source: source == SELF)  # which needs another's beginnings
+        # SELF comes last: it has files but no documents, and begins with passages of the sources before it.
+        sources = sorted(args.data, key=lambda source: source == SELF)
         if SELF in sources and (not args.init or SELF in sources[:-1] or len(sources) == 1):
             raise InputError("--data self, given once, needs --init to write it and another source for its beginnings")
         files = [[args.out / f"{part}-{i}.tokens" for part in ("train", "heldout")] for i in range(len(sources))]
@@ -626,7 +630,7 @@ def main() -> None:
         return
     result = args.out / (weights.ADAPTERS if trainer.base else weights.MODEL)
     model = f"{trainer.base} --adapters {result}" if trainer.base else result
-    if finished and os.path.isfile(result):
+    if finished and os.path.isfile(result) and os.path.getmtime(result) >= os.path.getmtime(trainer.last):
         longer = f"{'more --minutes, or ' if args.minutes else ''}--init {model} and another --out"
         print(f"the run in {args.out} is finished, after step {trainer.step}; to train longer: {longer}")
         return

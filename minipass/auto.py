@@ -61,7 +61,7 @@ def best_tree(accuracy: Accuracy, n_drafts: int) -> DraftTree:
     The probability of a path is the product over its nodes. The tree has fewer nodes if there are not enough ranks.
     Raises InputError for an `accuracy` that is not finite numbers, and for n_drafts out of bounds.
     """
-    accuracy = accuracy and _numbers(accuracy)
+    accuracy = _numbers(accuracy) if len(accuracy) else []
     whole(n_drafts, "the number of drafts in a tree", 0, MOST_DRAFTS)
     chosen: list[tuple[int, ...]] = []  # a node is named by the ranks on the way to it
     growing = [(-accuracy[0][0], (0,))] if accuracy else []  # the likeliest node first
@@ -215,7 +215,7 @@ class AdaptiveTree:
                 if turn.active[b]:
                     self._count(tree, last, min(turn.n_tested[b], self.available[b]))
         lengths = tree.lengths(turn.shape.n_lookahead)
-        self.available = [lengths[last] or lengths[0] for last in turn.last]
+        self.available = [lengths[last] for last in turn.last]
         self.n_turns += 1
         if self.n_turns >= self.next_choice:
             self.next_choice += min(self.n_turns, MOST_TURNS_BETWEEN)

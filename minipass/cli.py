@@ -74,8 +74,8 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader went away (`| head`): that is no error
         _discard_output()
         sys.exit(0)
-    except OSError as error:  # standard output cannot be written, as on a full disk, or standard input cannot be read
-        _say(error.strerror or str(error))
+    except OSError as error:  # a standard stream, as on a full disk, or a file
+        _say(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
         _discard_output()
         sys.exit(2)
 

@@ -7,6 +7,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,16 +139,18 @@ def _drop_copies(documents: Iterable[Document]) -> Iterator[Document]:
             yield document
 
 
+def parsed(code: str) -> ast.Module | None:
+    """The code's syntax tree; None if it is not Python, as some of the standard library's tests on purpose."""
+    with warnings.catch_warnings(), suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        warnings.simplefilter("ignore")  # about invalid escapes in other people's code
+        return ast.parse(code)
+    return None
+
+
 def _docstrings(code: str) -> str:
     """The docstrings of a module, its classes and functions, in order, blank lines between; "" if none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about invalid escapes in other people's code
-            tree = ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ""  # the standard library's tests hold broken files on purpose
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    nodes = [node for node in ast.walk(parsed(code) or ast.Module([], [])) if isinstance(node, kinds)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
     found = [ast.get_docstring(node, clean=True) or "" for node in nodes]
     text = "\n\n".join(docstring for docstring in found if len(docstring) >= SHORTEST_DOCSTRING)

@@ -22,13 +22,14 @@ import torch.nn.functional as F
 
 from minipass import graphs
 from minipass.errors import InputError
+from minipass.layout import path, with_groups
 from minipass.lookup import PromptLookup, copied_drafts
 from minipass.model import GPT, KVCache
 from minipass.sampling import COUPLED, DRAFT, REJECTION, RULES, TARGET, Distribution, Sampling, mix, stream_keys
-from minipass.texts import Texts
+from minipass.texts import NOT_FINITE, Texts, not_finite
 from minipass.trees import Drafts, DraftTree, Nodes, Shape, accept, chain, pick
 
-KEPT_ROWS = 256  # rows of one prefill pass, where the cache has kept the beginning of a prompt
+PREFILL_ROWS = 256  # of one pass, where the cache still has the beginning of a prompt
 LARGE_VOCABULARY, N_CANDIDATES = 2**14, 64  # of a larger one a draft head scores only the tokens likeliest without it
 
 
@@ -46,7 +47,8 @@ class Handed(NamedTuple):
 class Result(NamedTuple):
     """What a turn made: drafts and q as in trees.accept, the last accepted node (B,) int64, what the turn hands on, and
     for_host, (B, 3 + D) int64: [drafts accepted, last accepted node, next token, the drafts on the path to that node].
-    kept: (B or 1, 1 + N) int64, the nodes that were verified."""
+    kept: (B or 1, 1 + N) int64, the nodes that were verified. Nodes have their numbers in the shape's tree. The next
+    token is NOT_FINITE where hidden states on the path are not: float16 overflows in some models."""
 
     drafts: Drafts
     q: Distribution
@@ -95,7 +97,8 @@ class Decoder:
         group, batch = nodes.group_rows[last], self.cache.batch  # (B, L), (B, 1)
         ahead = logits[batch, group] if self.scores_candidates else logits[:, :0]
         handed = Handed(root, pick(rows, last), states[batch, group], ahead)
-        for_host = torch.cat([torch.stack([n_accepted, node, root], dim=1), rows.gather(1, way[:, 1:])], dim=1)
+        told = torch.where(states[batch, way].isfinite().flatten(1).all(1), root, NOT_FINITE)
+        for_host = torch.cat([torch.stack([n_accepted, node, told], dim=1), rows.gather(1, way[:, 1:])], dim=1)
         return Result(drafts, q, node, handed, for_host, nodes.kept)
 
     def noise(self, depth: int) -> torch.Tensor:
@@ -119,8 +122,8 @@ class Decoder:
         keys = keys[TARGET if self.rule == COUPLED else DRAFT]  # coupled: drafts race with the target's noise
         n_missing = max(0, tree.depth[-1] - handed.hidden.shape[1])
         hidden = F.pad(handed.hidden, (0, 0, 0, n_missing))  # (B, D or L, n_embd)
-        levels = nodes.levels if copied is None else nodes.levels[: handed.hidden.shape[1]]
-        likely = None
+        drawing = shape if copied is None else Shape(tree.cut(handed.hidden.shape[1]))
+        levels, likely = drawing.on(self.device, self.by_parent).levels, None
         if self.scores_candidates and levels:
             scores = F.pad(handed.logits, (0, 0, 0, n_missing))[:, : len(levels)]
             likely = scores.topk(max(N_CANDIDATES, tree.width)).indices
@@ -175,23 +178,24 @@ class Decoder:
         return model.logits(states[:, -1:])
 
     def begin(
-        self, contexts: Sequence[Sequence[int]], starts: Sequence[int], seeds: Sequence[int], n_kept: int = 0
+        self, contexts: Sequence[Sequence[int]], starts: Sequence[int], seeds: Sequence[int], n_cached: int = 0
     ) -> Handed:
         """Prefill: puts all tokens of each context but the last into the caches. The last ones are the first roots.
 
-        n_kept: the number of tokens that are there already, from the text before.
+        n_cached: the number of tokens that are there already, from the text before. Raises InputError when what the
+        model computes is not finite.
         """
         padded = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, contexts)), batch_first=True).to(self.device)
         last = torch.tensor([len(context) - 1 for context in contexts], device=self.device)
         for model, cache in zip(self.models, self.caches, strict=True):
-            cache.length.fill_(n_kept)
-            for rows in padded[:, n_kept:-1].split(KEPT_ROWS if n_kept else padded.shape[1], dim=1):
-                layout = Shape(chain(rows.shape[1] - 1)).on(self.device).layout if n_kept and rows.numel() else None
+            cache.length.fill_(n_cached)
+            for rows in padded[:, n_cached:-1].split(PREFILL_ROWS if n_cached else padded.shape[1], dim=1):
                 if rows.numel():
-                    model.hidden(rows, layout, cache)  # what is past a shorter context is overwritten later
+                    layout = with_groups(path(rows.shape[1]), (), 0).to(self.device) if n_cached else None
+                    states = model.hidden(rows, layout, cache)  # what is past a shorter context is overwritten later
+                    if not states.isfinite().all():
+                        raise not_finite()
                 cache.length += rows.shape[1]
-                if layout is not None:
-                    cache.masks.pop(layout)
             cache.length.copy_(last)
         self.start.copy_(torch.tensor(starts))
         self.keys.copy_(stream_keys(torch.tensor(seeds)))

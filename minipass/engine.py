@@ -58,10 +58,10 @@ class Engine:
         model = model if token is None else model.with_lookahead(model.wte.weight[[token] * ahead])
         self.models = [model] if drafter is None else [model, drafter]
         for each in self.models:
-            kernels.pack(each)
+            kernels.pack(each.matrices())
         self.method, self.sampling, self.use_graphs = method, sampling, use_graphs
         self.keep_cache = keep_cache
-        self.kept: tuple[Decoder | None, list[int]] = None, []  # the last Decoder, and the tokens in its cache
+        self.last: tuple[Decoder | None, list[int]] = None, []  # with keep_cache; and the tokens in its cache
         self.idle: dict[int, list[Decoder]] = defaultdict(list)  # with recorded graphs, by number of texts
 
     def stream(
@@ -83,8 +83,8 @@ class Engine:
         """The loop: one prefill a window, then turn after turn."""
         while max(texts.wanted):
             contexts, starts, seeds = texts.begin_window(with_ended=self.use_graphs)
-            decoder, n_kept = self._decoder(contexts, max(map(len, contexts)) + max(texts.wanted))
-            handed, schedule = decoder.begin(contexts, starts, seeds, n_kept), self.method.schedule(texts)
+            decoder, n_cached = self._decoder(contexts, max(map(len, contexts)) + max(texts.wanted))
+            handed, schedule = decoder.begin(contexts, starts, seeds, n_cached), self.method.schedule(texts)
             try:
                 while texts.room:
                     handed = self._without_ended(texts, decoder, handed)
@@ -100,38 +100,46 @@ class Engine:
                     result = (decoder.replay if self.use_graphs else decoder.turn)(shape, handed, copied)
                     handed = result.handed
                     yield texts.emit(shape, result.for_host.tolist(), result, len(self.models))  # the host sync
+            except InputError:  # as for numbers that are not finite: the cache may hold what came of them
+                decoder.cache.length.zero_()
+                raise
             finally:
                 if self.keep_cache and len(contexts) == 1:
                     (b,) = texts.rows
-                    self.kept = decoder, texts.texts[b][texts.start[b] :][: int(decoder.cache.length)]
+                    self.last = decoder, texts.texts[b][texts.start[b] :][: int(decoder.cache.length)]
                 elif self.use_graphs:
                     self.idle[len(contexts)].append(decoder)
 
     def _decoder(self, contexts: list[list[int]], n_tokens: int) -> tuple[Decoder, int]:
         """A Decoder with room for n_tokens and turns that overshoot, and how many tokens of the context it holds.
 
-        It is the kept one if that fits, with graphs an idle one, or else a new one.
+        It is the last one if that fits, with graphs an idle one, or else a new one. Each turn reads all slots, so there
+        are hardly more than needed; recorded turns have few different numbers of them, so that there is less to record.
         """
-        n_slots = min(n_tokens, self.models[0].config.block_size)
+        n_slots = 1 << (n_tokens - 1).bit_length() if self.use_graphs else n_tokens
+        n_slots = min(n_slots, self.models[0].config.block_size)
         shapes = self.method.largest  # a text may end one tree's depth too far while rows of other texts are written
         n_slots += max(shape.n_rows for shape in shapes) + max(shape.tree.depth[-1] for shape in shapes)
-        # Every turn reads all slots, so there are no more than needed. For recorded turns their number is a power of 2,
-        # so that there are few to record. A GPU's attention copies the mask in each layer unless 16 divides it.
-        n_slots = 1 << (n_slots - 1).bit_length() if self.use_graphs else n_slots + -n_slots % 16
-        n_texts, (old, held), n_kept = len(contexts), self.kept, 0
+        n_slots += -n_slots % 16  # else a GPU's attention copies the mask in each layer
+
+        def fits(decoder: Decoder) -> bool:
+            return n_slots <= decoder.cache.max_len <= 2 * n_slots
+
+        n_texts, (old, held), n_cached = len(contexts), self.last, 0
         if old is not None and n_texts == 1:
-            self.kept = None, []  # until this text is done: no other may use it, and it may be interrupted
+            self.last = None, []  # until this text is done: no other may use it, and it may be interrupted
             same = [a == b for a, b in zip(held, contexts[0][:-1], strict=False)]
-            n_kept = [*same, False].index(False)
-            if old.cache.max_len >= n_slots:
-                return old, n_kept
-        for i, decoder in enumerate(self.idle[n_texts]):
-            if n_slots <= decoder.cache.max_len <= 2 * n_slots:  # a text's next window may need half as many
-                return self.idle[n_texts].pop(i), 0
+            n_cached = [*same, False].index(False)
+            if fits(old):
+                return old, n_cached
+        fitting = sorted(filter(fits, self.idle[n_texts]), key=lambda decoder: decoder.cache.max_len)
+        if fitting:
+            self.idle[n_texts].remove(fitting[0])
+            return fitting[0], 0
         decoder = Decoder(self.models, self.sampling, self.method.rule, n_texts, n_slots)
-        if n_kept:
-            decoder.cache.pairs[:, :, :n_kept] = old.cache.pairs[:, :, :n_kept]
-        return decoder, n_kept
+        if n_cached:
+            decoder.cache.pairs[:, :, :n_cached] = old.cache.pairs[:, :, :n_cached]
+        return decoder, n_cached
 
     def _without_ended(self, texts: Texts, decoder: Decoder, handed: Handed) -> Handed:
         """Ended texts stay as they are, and leave the batch once half of it has ended; a graph keeps its batch."""

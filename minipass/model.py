@@ -160,7 +160,8 @@ class Pass(NamedTuple):
 
     mask: (B or 1, 1, R x H / H', keys), each row once for each of the query heads that share keys, True or 0 where it
     sees a key; None is causal, over the rows alone.
-    rotary: cosines and sines (B or 1, R, heads, head_dim) of the rows' positions, or None where these are learned.
+    rotary: cosines and sines (B or 1, R, H + 2 H', head_dim) of the rows' positions (without B where all texts are
+    plain), or None where these are learned.
     n_lookahead: how many of the rows, the last ones, are look-ahead rows.
     """
 
@@ -296,7 +297,8 @@ class DraftHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """Hidden states after the final norm and embeddings of the tokens before, (..., n_embd), to hidden states."""
-        return hidden + self.c_proj(F.gelu(self.c_fc(torch.cat([hidden, before], dim=-1)), approximate="tanh"))
+        inner = linear(torch.cat([hidden, before], dim=-1), self.c_fc.weight, self.c_fc.bias)
+        return hidden + linear(F.gelu(inner, approximate="tanh"), self.c_proj.weight, self.c_proj.bias)
 
 
 class GPT(nn.Module):
@@ -377,6 +379,16 @@ class GPT(nn.Module):
         """What the weights, the logits and the cache are in."""
         return self.wte.weight.dtype
 
+    @property
+    def head(self) -> torch.Tensor:
+        """The output matrix (vocab_size, n_embd)."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def matrices(self) -> list[torch.Tensor]:
+        """What `kernels.linear` multiplies by: all matrices but embeddings and adapters."""
+        inside = [*self.h.modules(), *(self.draft_head.children() if self.draft_head else ())]
+        return [self.head, *(module.weight for module in inside if isinstance(module, nn.Linear))]
+
     def hidden(self, ids: torch.Tensor, layout: Layout | None = None, cache: KVCache | None = None) -> torch.Tensor:
         """One pass over R rows, up to the last block: hidden states (B, R, n_embd).
 
@@ -386,7 +398,8 @@ class GPT(nn.Module):
 
         A position past the window is clamped to the last one. Such rows, drafts past the window's edge, give no token
         that is emitted, but may share a batch with texts that have room. Raises InputError when plain text is longer
-        than the window, ValueError when the cache has no room.
+        than the window, ValueError when the pass has more rows than the cache has slots; that they fit behind what it
+        holds is the caller's care.
         """
         ahead, block_size = () if layout is None else layout.lookahead, self.config.block_size
         n_rows = ids.shape[1] + len(ahead)
@@ -422,10 +435,9 @@ class GPT(nn.Module):
         hidden = self.ln_f(hidden)
         if before is not None and self.draft_head is not None:
             hidden = self.draft_head(hidden, self.wte(before))
-        head = self.wte.weight if self.lm_head is None else self.lm_head.weight
         if tokens is not None:
-            return (F.embedding(tokens, head) @ hidden[..., None]).squeeze(-1)
-        return linear(hidden, head)
+            return (F.embedding(tokens, self.head) @ hidden[..., None]).squeeze(-1)
+        return linear(hidden, self.head)
 
     def forward(self, ids: torch.Tensor, layout: Layout | None = None, cache: KVCache | None = None) -> torch.Tensor:
         """One pass over R rows to logits (B, R, vocab_size), in the model's dtype; arguments and errors of `hidden`."""

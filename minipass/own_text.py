@@ -40,7 +40,7 @@ def own_text(
     """
     rng, engine, texts = np.random.default_rng(seed), Engine(model, Plain(), Sampling(0.8, top_k=10)), []
     longest, batch = min(N_PROMPT[1], model.config.block_size // 2), BATCHES[model.device.type]
-    bar, written = tqdm(total=n_tokens, unit="token", desc="writing text", dynamic_ncols=True, leave=False), 0
+    bar, written = tqdm(total=n_tokens, unit="token", desc="writing text", disable=None, leave=False), 0
     while written < n_tokens:
         prompts = [passage(corpus, longest, rng) for _ in range(batch)]
         if chat_template is not None:

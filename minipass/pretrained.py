@@ -331,7 +331,7 @@ def _read_text(folder: Path) -> tuple[tiktoken.Encoding, str | None]:
         said = read(folder / CHAT, _json)
         chat, names = said.get("chat_template"), {name: said.get(name) for name in ("bos_token", "eos_token")}
     if os.path.isfile(folder / "chat_template.jinja"):
-        chat = read(folder / "chat_template.jinja", Path.read_text)
+        chat = read(folder / "chat_template.jinja", lambda file: file.read_text("utf-8"))
     return read(folder / TOKENIZER, lambda file: encoding_of_json(_json(file))), _with_names(chat, names)
 
 

@@ -14,6 +14,7 @@ from minipass.trees import Shape
 
 SAMPLED, ACCEPTED, CORRECTED, BONUS = "sampled", "accepted", "corrected", "bonus"
 TARGET_MODEL, DRAFTER = 0, 1  # the models of a pass
+NOT_FINITE = -1  # instead of a token
 Prompts = Sequence[int] | Sequence[Sequence[int]]
 StopTokens = int | Collection[int] | None
 Seeds = int | Sequence[int]
@@ -81,6 +82,11 @@ class Generation:
             counts[:] = [count + sum(number > i for number in numbers) for i, count in enumerate(counts)]
 
 
+def not_finite() -> InputError:
+    """A model that computes such numbers writes no text."""
+    return InputError("the model computes numbers that are not finite: take another dtype, as float32 or bfloat16")
+
+
 class Texts:
     """The texts of one call: their tokens, their contexts in the window, and how many tokens each may still get."""
 
@@ -138,6 +144,7 @@ class Texts:
         """Ends a turn: appends its tokens to the texts, cut at stop tokens and limits, and returns its record.
 
         made: for each row of the batch [drafts accepted, last accepted node, next token, accepted drafts, ...].
+        Raises InputError where the next token is NOT_FINITE.
         """
         n_texts, tree = len(self.texts), shape.tree
         drafting = [(DRAFTER, 2 if i == 0 else 1) for i in range(tree.depth[-1] * (n_models - 1))]
@@ -146,11 +153,14 @@ class Texts:
             n_tested=[0] * n_texts, n_accepted=[0] * n_texts, last=[0] * n_texts, rows=[None] * n_texts,
             shape=shape, passes=[*drafting, (TARGET_MODEL, shape.n_rows)], result=result,
         )  # fmt: skip
+        kept = result.kept.tolist() if tree.keep else ()
         for row, (b, (n_accepted, last, next_token, *drafts)) in enumerate(zip(self.rows, made, strict=True)):
             left = self.left(b)
+            if left > 0 and next_token == NOT_FINITE:
+                raise not_finite()
             tokens = [*drafts[:n_accepted], next_token][:left]
             end = next((i for i, token in enumerate(tokens, 1) if token in self.stop_tokens), len(tokens))
-            verified = result.kept[row].tolist() if tree.keep else range(len(tree.depth))
+            verified = kept[row] if tree.keep else range(len(tree.depth))
             n_drafts, tested = tree.depth[verified[-1]], [tree.parents[node - 1] for node in verified[1:]]
             drawn = SAMPLED if n_drafts == 0 else CORRECTED if last in tested else BONUS
             turn.tokens[b], turn.origins[b] = tokens[:end], ([ACCEPTED] * n_accepted + [drawn])[:end]

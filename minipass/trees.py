@@ -111,8 +111,8 @@ class Nodes(NamedTuple):
     """A Shape's indices on a device; int64 unless said otherwise. N drafts, D deep, L look-ahead tokens. The first
     dimension is the batch B, or 1 where all its texts share the tree; some fields, without B, are always shared.
 
-    layout: of the rows [root, drafts, look-ahead groups]. number: (1 + N,). depth: (B, 1 + N). parents: (B, N) of the
-    drafts. kept: (B, 1 + N), the nodes' numbers in the shape's tree, which has more nodes where it keeps only some.
+    layout: of the rows [root, drafts, look-ahead groups]. number: (1 + N,), 0..N. depth: (B, 1 + N). parents: (B, N) of
+    the drafts. kept: (B, 1 + N), the nodes' numbers in the shape's tree, which has more where it keeps only some.
     elsewhere: (B, 1 + N, 1 + N) bool, [b, i, j] is False where node j is node i or on the path to it.
     path: (B, 1 + N, 1 + D), the nodes on the path from the root to each node, padded with the node itself.
     group_rows: (1 + N, L), the rows after each node that draft for the next pass; where a look-ahead token is missing,
@@ -196,8 +196,9 @@ class Shape:
         p_row = [drawing.index(node) if node in drawing else len(drawing) for node in draws]
         levels = []
         for _, group in groupby(drawing, key=lambda node: by_parent and drafts.depth[node]):
-            level, drawn = list(group), zip(drafts.parents, drafts.rank, strict=True)
-            drawn = [(level.index(draws[parent]), rank) for parent, rank in drawn if draws[parent] in level]
+            level = list(group)
+            each = ((draws[parent], rank) for parent, rank in zip(drafts.parents, drafts.rank, strict=True))
+            drawn = [(level.index(node), rank) for node, rank in each if node in level]
             levels.append(([drafts.depth[node] for node in level], level, *zip(*drawn, strict=True)))
 
         def put(numbers: Sequence) -> torch.Tensor:
@@ -217,7 +218,7 @@ def pick(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 class Drafts(NamedTuple):
     """tokens: (B, N) int64, a draft for each node but the root. p: (B, 1 + N, V) float64, the draft distribution of
-    each node's children, 0 for a node without children; None where the rule needs no p."""
+    each node's children (that of a node without children is not read); None where the rule needs no p."""
 
     tokens: torch.Tensor
     p: torch.Tensor | None = None

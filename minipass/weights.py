@@ -26,6 +26,7 @@ from minipass.model import GPT, GPTConfig, is_drafting
 from minipass.pretrained import (
     CONFIG,
     SHIPPED,
+    SMOLLM2,
     checked,
     is_pretrained,
     is_shipped,
@@ -36,7 +37,7 @@ from minipass.pretrained import (
     write_folder,
     write_tensors,
 )
-from minipass.tokenizer import END_OF_TEXT, encoding_of, gpt2_encoding
+from minipass.tokenizer import END_OF_TEXT, PATTERN, encoding_of, gpt2_encoding
 
 FORMAT, VERSION = "minipass checkpoint", 1
 MODEL, ADAPTERS = "model.pt", "adapters.safetensors"  # a finished run's folder holds one of them
@@ -106,7 +107,7 @@ def _adapters_for(path: Path | str, model: GPT, *, alone: bool) -> Path | None:
     """The adapters in a model's folder, or else those in the package; None if there are none, or it has its own."""
     if model.config.n_lookahead or not is_pretrained(path):
         return None
-    if os.path.isfile(Path(path) / TABLE):
+    if str(path) != SMOLLM2 and os.path.isfile(Path(path) / TABLE):  # the bare name means the package's
         return Path(path) / TABLE
     ours = fingerprint(model)
     for file in sorted(SHIPPED.glob("*.safetensors")):
@@ -148,7 +149,7 @@ def save(
         weights = _drafting(weights)
     tokenizer: dict[str, Any] = {"name": encoding.name}
     if base is None and encoding.name != "gpt2":  # tiktoken has that one itself
-        if encoding.special_tokens_set != {END_OF_TEXT}:
+        if encoding._pat_str != PATTERN or encoding.special_tokens_set != {END_OF_TEXT}:  # cuts text otherwise
             raise InputError("a checkpoint cannot hold a tokenizer of others; models of others are saved as a folder")
         tokenizer["tokens"] = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab - 1)]
     content = {"format": FORMAT, "version": VERSION, "config": asdict(model.config), "weights": weights}
@@ -157,14 +158,15 @@ def save(
     atomic_write(Path(path), lambda temporary: torch.save(content, temporary))
 
 
-def save_pretrained(model: GPT, folder: str | Path) -> None:
-    """Writes a folder that Transformers opens, in the model's dtype, with the adapters in it. Raises InputError.
+def save_pretrained(model: GPT, folder: str | Path, record: dict[str, Any] | None = None) -> None:
+    """Writes a folder that Transformers opens, in the model's dtype, with the adapters in it, and with them the record
+    of their training. Raises InputError.
 
     The tokenizer's files are not written: those of the original model fit.
     """
     write_folder(model, folder)
     if model.config.n_lookahead:
-        save_adapters(model, Path(folder) / TABLE)
+        save_adapters(model, Path(folder) / TABLE, record)
     else:
         (Path(folder) / TABLE).unlink(missing_ok=True)  # of another model that was here
 
@@ -185,7 +187,9 @@ def load_adapters(model: GPT, file: str | Path) -> dict[str, Any]:
         raise InputError(f"{file} was trained for another model")
     _set_drafting(model, checked(tensors, file), file)
     record = read(Path(file), lambda _: json.loads(metadata.get("record", "{}")))
-    return record if isinstance(record, dict) else {}
+    if not isinstance(record, dict) or not isinstance(record.get("rank_accuracy", []), list):
+        raise InputError(f"{file} has a training record of another kind")
+    return record
 
 
 def save_adapters(
@@ -205,8 +209,8 @@ def _drafting(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _set_drafting(model: GPT, tensors: dict[str, torch.Tensor], file: str | Path) -> None:
     """Replaces all that only drafting reads. Raises InputError, before anything changes, if it does not fit."""
-    n_draft = len(tensors.get("draft_head.c_fc.bias", ()))
-    lora_rank = next((len(value) for name, value in tensors.items() if name.endswith(".down")), 0)
+    n_draft = tensors["draft_head.c_fc.bias"].numel() if "draft_head.c_fc.bias" in tensors else 0
+    lora_rank = next((value.shape[0] for name, value in tensors.items() if name.endswith(".down") and value.dim()), 0)
     table = tensors["lookahead"]
     if table.dim() == 2 and table.shape[1] == model.config.n_embd:  # else set_lookahead has a sentence
         config = replace(model.config, n_lookahead=len(table), n_draft=n_draft, lora_rank=lora_rank)

@@ -84,10 +84,17 @@ def test_texts_that_differ_are_not_shown():
         measure(engines, [1, 2], NEW)
 
 
+@pytest.mark.parametrize("file", [".", "/"])
+def test_a_place_that_is_no_file_is_one_sentence(file, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["animation", file])
+    with pytest.raises(InputError, match="FILE must name a file"):
+        animation.main()
+
+
 def test_the_command_writes_the_shipped_models_text(tmp_path, monkeypatch, capsys):
     file = tmp_path / "a.svg"
     monkeypatch.setattr(animation, "REPEATS", 1)
-    words = ["animation", str(file), "--prompt", "def f(", "--max-new-tokens", "8", "--dtype", "float64"]
+    words = ["animation", str(file), "--prompt", "def f(\udcff", "--max-new-tokens", "8", "--dtype", "float64"]
     monkeypatch.setattr(sys, "argv", words)
     animation.main()
     plain, fused = panels(file.read_text(encoding="utf-8"))

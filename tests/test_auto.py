@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 from conftest import ACCURACY, chi_square_p_value, chooser, random_model, sequence_probabilities
 
@@ -239,10 +240,13 @@ def test_what_was_never_tested_for_want_of_look_ahead_tokens_is_not_counted():
     assert (adaptive.tested - before).sum(1).tolist() == [2, 1, 0]
 
 
-def test_without_look_ahead_tokens_after_the_last_node_those_after_the_root_count():
+def test_drafts_after_a_node_without_look_ahead_tokens_are_not_counted():
+    """They come from the root's group, so from another place: expected_tokens says that nothing is available."""
     adaptive = learning(DraftTree((0, 1), groups=(2, 0, 0)))
-    add_whole(adaptive, last=1)
-    assert adaptive.available == [2]
+    before = adaptive.tested.copy()
+    for _ in range(2):
+        add_whole(adaptive, last=1)
+    assert (adaptive.tested - before).sum(1).tolist() == [1, 1, 0]
 
 
 def test_drafts_that_were_copied_from_the_text_teach_nothing_about_look_ahead_tokens():
@@ -301,6 +305,11 @@ def test_a_time_for_each_row_and_for_each_level_is_found(monkeypatch):
     seconds = turn_seconds(random_model(seed=1), ACCURACY, SAMPLED)
     for tree in (NO_DRAFTS, chain(1), chain(3), best_tree(ACCURACY, 12), DraftTree((0, 0, 1), (2, 0, 0, 0))):
         assert seconds(tree) == pytest.approx(true_seconds(tree))
+
+
+def test_an_accuracy_may_be_an_array():
+    assert best_tree(np.array(ACCURACY), 5) == best_tree(ACCURACY, 5)
+    assert likeliest_tree(np.array(ACCURACY), 5) == likeliest_tree(ACCURACY, 5)
 
 
 def test_a_likeliest_tree_has_as_many_rows_as_the_best_fixed_one_and_more_drafts_to_choose_from():

@@ -13,9 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import random_model
 
 from minipass import weights
+from minipass.auto import AdaptiveTree, Auto, n_rows
 from minipass.cli import run_script
+from minipass.engine import Engine
 from minipass.model import GPT, GPTConfig
 from minipass.tokenizer import build_encoding
 
@@ -342,6 +345,23 @@ def test_compare_finds_the_same_text_where_that_is_promised(compared, way):
         assert other.split()[0] == WAYS.get(way, "pass")
         assert "speed-up" in speed
         assert last == "same text"
+
+
+def test_compare_lets_auto_begin_each_run_as_the_first(monkeypatch, capsys):
+    """It learns from a text, and all runs are of the same one."""
+    seen = []
+
+    class Learning(AdaptiveTree):
+        def add(self, turn):
+            if turn.n_tested == [0]:  # the first turn of a text
+                seen.append((self.n_turns, self.tested.tolist()))
+            super().add(turn)
+
+    model = random_model(seed=1, std=0.5)
+    auto = Auto(Learning([[0.5, 0.2]], lambda tree: 1.0 + 0.01 * n_rows(tree)))
+    engines = {"plain": Engine(model, sample.Plain()), "auto": Engine(model, auto)}
+    sample.compare(engines, lambda engine: engine.stream([1, 2], 12), "")
+    assert len(seen) == 6 and all(each == seen[0] for each in seen)
 
 
 def with_another_seed(self, prompts, n, *, seed, stream=sample.Engine.stream, **settings):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from minipass.cli import run_script
 from minipass.data import read_documents
 from minipass.decode import Fused, Plain, TwoModels, TwoPass
 from minipass.engine import Engine
+from minipass.errors import InputError
 from minipass.extras.benchmark import contenders, experiments, functions, subjects
 from minipass.extras.benchmark.experiments import EXPERIMENTS, overview
 from minipass.extras.benchmark.measuring import (
@@ -332,6 +334,25 @@ def test_an_interrupt_keeps_what_was_measured_and_other_parts_stay(run, monkeypa
     assert run("--only", "bases", "cost", "--json", path).status == 130
     found = json.loads(path.read_text())["experiments"]
     assert set(found) == {"acceptance", "bases"}
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, partial(InputError, "jinja2 is missing")], ids=repr)
+def test_a_whole_result_stays_until_it_was_measured_anew_as_a_whole(fault, run, monkeypatch, tmp_path):
+    def half(_):
+        """Ends in the middle."""
+        yield Report(["a table"], {"tables": 1})
+        if len(results) != 1:
+            raise fault()
+        yield Report(["a table", "another"], {"tables": 2})
+
+    path, results = tmp_path / "r.json", []
+    for name in list(EXPERIMENTS):
+        monkeypatch.delitem(EXPERIMENTS, name)
+    monkeypatch.setitem(EXPERIMENTS, "half", half)
+    for _ in range(3):  # the second run goes to its end
+        run("--full", "--json", path)
+        results.append(json.loads(path.read_text())["experiments"].get("half", {}).get("tables"))
+    assert results == [1 if fault is KeyboardInterrupt else None, 2, 2]
 
 
 MISTAKES = [

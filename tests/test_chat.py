@@ -197,6 +197,9 @@ def test_a_conversation_forgets_the_oldest_when_the_window_is_full(folder, call,
         (["--chat", "Hi", "--pass"], "has no look-ahead tokens"),
         (["--chat", "Hi", "--adapters", "none.safetensors"], "is missing"),
         (["--chat", "Hi\udcff"], "UTF-8"),
+        (["--chat", ""], "the message of --chat is empty"),
+        (["--system", "Be brief.", "Hi"], "--system needs --chat"),
+        (["--chat", "--max-new-tokens", "0"], "max_new_tokens must be"),
     ],
     ids=str,
 )
@@ -208,7 +211,7 @@ def test_what_does_not_go_together_is_one_sentence(arguments, complaint, folder,
 def test_a_model_without_a_template_says_so_before_it_reads_a_line(tmp_path, call):
     folder = llama_folder(tmp_path / "plain", a_llama(), template=None)
     with pytest.raises(InputError, match="has no chat template"):
-        call(sample, "--checkpoint", folder, "--chat", *SHORT, typed="Hi\n")
+        call(sample, "--checkpoint", folder, "--chat", *SHORT, typed="")
 
 
 # Text that a model writes itself.
@@ -246,6 +249,8 @@ def test_sources_take_equal_shares_of_the_windows():
         windows, cuts, _ = train_tiny.draw_batch(tokens, config, args, step=0)
         assert windows.shape == (batch_size, 65) and len(cuts) == batch_size
         assert windows[:, 0].bincount().tolist() == shares
+        steps = [train_tiny.draw_batch(tokens, config, args, step)[0][:, 0] for step in range(3)]
+        assert torch.cat(steps).bincount().tolist() == [batch_size] * 3, "also of small batches"
 
 
 @pytest.fixture

@@ -601,7 +601,7 @@ MISTAKES = {
     "last nodes in the first text's tree": (9, Decoder.turn, "pick(each, last)", "pick(each[:1], last)"),
     "nodes numbered among those kept": (9, Decoder.turn, "nodes.kept, nodes.path", "nodes.number[None], nodes.path"),
     "the host is told numbers among those kept": (
-        9, Decoder.turn, "[n_accepted, node, root]", "[n_accepted, last, root]",
+        9, Decoder.turn, "[n_accepted, node, told]", "[n_accepted, last, told]",
     ),
     "candidates not handed on": (
         9, Decoder.turn, "logits[batch, group] if self.scores_candidates else logits[:, :0]", "logits[:, :0]",
@@ -625,7 +625,7 @@ MISTAKES = {
     "ended texts grow": (9, Decoder.turn, "self.active * (1 + n_accepted)", "1 + n_accepted"),
     "noise of the root for all nodes": (9, Decoder.turn, "nodes.depth[None]", "nodes.depth[None] * 0"),
     "copied drafts ignored": (9, Decoder.turn, "keys, copied)", "keys, None)"),
-    "the host is told one more": (9, Decoder.turn, "[n_accepted, node, root]", "[n_accepted + 1, node, root]"),
+    "the host is told one more": (9, Decoder.turn, "[n_accepted, node, told]", "[n_accepted + 1, node, told]"),
     "the host is told the first drafts": (9, Decoder.turn, "rows.gather(1, way[:, 1:])", "rows[:, 1:way.shape[1]]"),
     "new root for the token before it": (9, Decoder.turn, "pick(rows, last)", "root"),
     "two passes": (

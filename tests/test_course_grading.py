@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import io
 import json
 import os
 import subprocess
@@ -396,6 +397,13 @@ def test_what_cannot_be_read_costs_its_exercises_and_says_why(tmp_path):
     with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
         archive.writestr("layout.py", b"\xff")
     zipped(tmp_path / "d.zip", {"decode.py": "def fused(): pass"}, "")
+    torn = bytearray((tmp_path / "d.zip").read_bytes())
+    torn[45] ^= 0xFF  # in the compressed data
+    (tmp_path / "e.ZIP").write_bytes(torn)
+    assert set(grade.submissions([tmp_path])) == {*"abcde"}
+    (files,) = grade.submissions([tmp_path / "e.ZIP"]).values()
+    with pytest.raises(grade.Refused, match="cannot be read"):
+        grade.install(2, files)
     for name, said in ("a", "cannot be read"), ("b", "too large"), ("c", "not UTF-8"), ("d", "was not handed in"):
         (files,) = grade.submissions([tmp_path / f"{name}.zip"]).values()
         with pytest.raises(grade.Refused, match=said):
@@ -435,6 +443,23 @@ def test_the_command_writes_a_table_a_csv_and_a_json(tmp_path, monkeypatch, caps
     (message,) = details["wrong"]["exercise 10"]["messages"]
     assert message == "after a turn that did not look ahead there are no drafts"
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:4]] == ["16", "16", "15"]
+
+
+def test_names_and_messages_that_no_file_can_hold_cost_nobody_the_grades(tmp_path, monkeypatch):
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "utf-8", "backslashreplace", write_through=True))
+    results = {"M\udcfcller": {n: (0, ["\ud800"]) for n in EXERCISES}, "Anna": {n: (1, []) for n in EXERCISES}}
+    grade.write(results, 5, tmp_path)
+    assert json.loads((tmp_path / "grades.json").read_text("utf-8"))["submissions"]["Anna"]["total"] == len(EXERCISES)
+    _, _, *rows = csv.reader((tmp_path / "grades.csv").open(encoding="utf-8"))
+    assert [row[0] for row in rows] == ["M\\udcfcller", "Anna"]
+    out.seek(0)
+    out.truncate()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "grades.csv").mkdir()  # cannot be written
+    with pytest.raises(InputError, match="cannot write"):
+        grade.write({"Anna": results["Anna"]}, 5, tmp_path / "full")
+    assert b"Anna" in out.getvalue(), "the table comes first"
 
 
 def test_the_autograder_for_gradescope_runs_in_a_clean_folder(tmp_path):

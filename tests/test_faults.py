@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import random_model
 from safetensors.torch import load_file, save_file
 from test_bad_input import ROOT, assert_one_sentence, call, start, tiny_checkpoint  # noqa: F401 - two are fixtures
 
@@ -22,11 +23,16 @@ import minipass
 import sample
 from minipass import weights
 from minipass.cli import run_script
+from minipass.decode import Fused, Plain
+from minipass.engine import Engine
 from minipass.errors import InputError
 from minipass.extras import export
 from minipass.model import GPT, GPTConfig
 from minipass.pretrained import CONFIG, WEIGHTS, is_pretrained
+from minipass.sampling import Sampling
+from minipass.texts import NOT_FINITE, Texts
 from minipass.tokenizer import build_encoding
+from minipass.trees import DraftTree, Shape
 
 # Numbers in files.
 
@@ -348,3 +354,27 @@ def test_the_text_begins_with_the_whole_prompt_however_long(call, tiny_checkpoin
 
 def test_a_message_that_is_no_text_is_one_sentence(call, tiny_checkpoint):  # noqa: F811
     assert_one_sentence(call(sample, "--checkpoint", tiny_checkpoint, "--chat", stdin=b"a\xff\n"))
+
+
+@pytest.mark.parametrize("method", [Plain(), Fused(2), Fused(DraftTree((0, 0, 1), keep=2))], ids=repr)
+@pytest.mark.parametrize("prompt", [[5], [1, 2, 3]], ids=["in the first turn", "in the prefill"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_k=3)], ids=["greedy", "sampled"])
+def test_a_model_that_computes_numbers_that_are_not_finite_writes_no_text(method, prompt, sampling):
+    """Its weights are finite: the product of two matrices is not."""
+    model = random_model(seed=0)
+    with torch.no_grad():
+        model.h[0].mlp.c_fc.weight.mul_(1e200)
+        model.h[0].mlp.c_proj.weight.mul_(1e200)
+    with pytest.raises(InputError, match="numbers that are not finite: take another dtype"):
+        Engine(model, method, sampling).generate([prompt, prompt], 5)
+
+
+def test_a_text_that_has_ended_may_be_anything():
+    """What is computed for it is not written."""
+    texts = Texts([[1], [2]], 3, None, 0, random_model(seed=0).config)
+    texts.begin_window(with_ended=True)
+    texts.wanted[1] = 0
+    turn = texts.emit(Shape(), [[0, 0, 4], [0, 0, NOT_FINITE]])
+    assert turn.tokens == [[4], []]
+    with pytest.raises(InputError, match="not finite"):
+        texts.emit(Shape(), [[0, 0, NOT_FINITE], [0, 0, 1]])

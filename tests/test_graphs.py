@@ -22,11 +22,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minipass import graphs
-from minipass.decode import Decoder, Handed, copied_shape
+from minipass.decode import Decoder, Fused, Handed, copied_shape
 from minipass.engine import GREEDY, Engine
 from minipass.model import GPT, GPTConfig
 from minipass.sampling import COUPLED, REJECTION, RULES, Sampling
-from minipass.trees import Shape, chain
+from minipass.trees import DraftTree, Shape, chain
 
 each_way = pytest.mark.parametrize("way", WAYS, ids=", ".join)
 
@@ -91,6 +91,14 @@ def test_recorded_turns_write_the_texts_of_plain_decoding(way, lively, plain, st
         for _ in range(2):  # recorded, then found again
             assert engine.generate(call, 24, stop_token=3).tokens == texts
     assert {n: len(decoders) for n, decoders in engine.idle.items()} == {1: 1, 3: 1}, "one decoder for each size"
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8)], ids=["greedy", "sampled"])
+def test_recorded_turns_that_choose_their_drafts_write_the_texts_of_plain_decoding(sampling, lively, plain, stand_in):
+    engine = Engine(lively[0], Fused(DraftTree(TREE.parents, keep=4)), sampling, use_graphs=True)
+    for call, texts in zip(CALLS, plain[sampling], strict=True):
+        for _ in range(2):
+            assert engine.generate(call, 24, stop_token=3).tokens == texts
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way[1] == REJECTION], ids=", ".join)
@@ -195,6 +203,7 @@ SHAPES = {
     "fused chain": Shape(chain(3), 3),
     "fused tree": Shape(TREE, 3),
     "incomplete groups": Shape(SPARSE, 3),
+    "chosen tree": Shape(DraftTree(TREE.parents, keep=4), 3),
     "copied": copied_shape(5, 3),
     "all copied": copied_shape(5, 0),
     "two models": Shape(chain(3)),
@@ -211,6 +220,8 @@ SOME, ALL = Sampling(0.8, top_k=3, top_p=0.9), Sampling(1.0)  # of the tokens
 def test_a_turn_neither_waits_for_the_device_nor_brings_anything_from_the_host(name, n_draft, rule, sampling):
     sizes = {"vocab_size": 11, "block_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_draft": n_draft}
     models = [GPT(GPTConfig(n_lookahead=n, **sizes)).to("meta") for n in (4, 0)]
+    if name == "chosen tree" and rule == REJECTION:
+        pytest.skip("a Method refuses it")
     decoder = Decoder(models if name == "two models" else models[:1], sampling, rule, n_texts=2, max_len=120)
     root = torch.zeros(2, dtype=torch.int64, device="meta")
     hidden = torch.zeros(2, 0 if name == "all copied" else 3, 16, device="meta")

@@ -23,8 +23,8 @@ def layer(monkeypatch) -> torch.nn.Linear:
 @pytest.mark.parametrize("shape", [(2, 192), (1, 9, 192), (3, 1, 192), (1, 0, 192)])
 def test_a_packed_weight_gives_the_same_products(layer, shape):
     x = torch.randn(shape)
-    kernels.pack(layer)
-    assert layer.weight in kernels.packed and layer.bias not in kernels.packed
+    kernels.pack([layer.weight])
+    assert layer.weight in kernels.packed
     with torch.inference_mode():
         torch.testing.assert_close(kernels.linear(x, layer.weight, layer.bias), layer(x), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(kernels.linear(x, layer.weight), F.linear(x, layer.weight), rtol=1e-4, atol=1e-4)
@@ -32,30 +32,53 @@ def test_a_packed_weight_gives_the_same_products(layer, shape):
 
 @needs_onednn
 def test_small_products_are_left_to_the_blas(layer, monkeypatch):
-    kernels.pack(layer)
+    kernels.pack([layer.weight])
     monkeypatch.setattr(kernels, "LEAST_PRODUCTS", 3 * layer.weight.numel())
-    state, _ = kernels.packed[layer.weight]
-    kernels.packed[layer.weight] = state, torch.zeros_like(layer.weight)  # seen in what comes out, where it is used
+    state, total, _ = kernels.packed[layer.weight]
+    kernels.packed[layer.weight] = state, total, torch.zeros_like(layer.weight)  # is seen where it is used
     with torch.inference_mode():
         assert [kernels.linear(torch.randn(n, 192), layer.weight).any().item() for n in (2, 3)] == [True, False]
 
 
 @needs_onednn
 def test_a_weight_that_changed_is_not_used_in_its_old_order(layer):
-    kernels.pack(layer)
+    kernels.pack([layer.weight])
     x = torch.randn(4, 192)
     with torch.no_grad():
         layer.weight.mul_(2)
         assert torch.equal(kernels.linear(x, layer.weight, layer.bias), layer(x))
-        old = kernels.packed[layer.weight][1]
-        kernels.pack(layer)
-        assert kernels.packed[layer.weight][1] is not old
+        old = kernels.packed[layer.weight][2]
+        kernels.pack([layer.weight])
+        assert kernels.packed[layer.weight][2] is not old
         torch.testing.assert_close(kernels.linear(x, layer.weight, layer.bias), layer(x), rtol=1e-4, atol=1e-4)
 
 
 @needs_onednn
+def test_a_weight_written_through_data_is_packed_anew(layer):
+    """PyTorch does not count such a write, as when averaged weights take the place of the trained ones."""
+    kernels.pack([layer.weight])
+    x = torch.randn(4, 192)
+    layer.weight.data.mul_(2)
+    kernels.pack([layer.weight])
+    with torch.inference_mode():
+        torch.testing.assert_close(kernels.linear(x, layer.weight, layer.bias), layer(x), rtol=1e-4, atol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_packed_is_what_passes_multiply_by(tied, monkeypatch):
+    monkeypatch.setattr(kernels, "LEAST_SIZE", 1)
+    model = random_lively_model(seed=3, tied=tied, llama=True, lora_rank=2, n_draft=8).float()
+    Engine(model, Fused(2))
+    names = {name for name, weight in model.named_parameters() if weight in kernels.packed}
+    matrices = {name for name, weight in model.named_parameters() if weight.dim() == 2}
+    unread = {name for name in matrices if name.endswith((".down", ".up"))} | {"lookahead"}
+    assert names == matrices - unread - (set() if tied else {"wte.weight"})
+
+
+@needs_onednn
 def test_gradients_go_through_a_packed_weight(layer):
-    kernels.pack(layer)
+    kernels.pack([layer.weight])
     kernels.linear(torch.randn(4, 192), layer.weight, layer.bias).sum().backward()
     assert layer.weight.grad.abs().sum() > 0
 
@@ -63,13 +86,13 @@ def test_gradients_go_through_a_packed_weight(layer):
 def test_only_float32_on_a_cpu_is_packed(layer):
     for dtype in (torch.float64, torch.bfloat16):
         other = layer.to(dtype)
-        kernels.pack(other)
+        kernels.pack([other.weight])
         assert other.weight not in kernels.packed
 
 
 def test_without_onednn_nothing_is_packed(layer, monkeypatch):
     monkeypatch.setattr(kernels, "available", lambda: False)
-    kernels.pack(layer)
+    kernels.pack([layer.weight])
     assert layer.weight not in kernels.packed
 
 
@@ -88,7 +111,7 @@ def test_a_packed_model_writes_the_same_text(llama, monkeypatch):
 
 @needs_onednn
 def test_a_model_that_moved_to_another_dtype_is_not_used_in_its_old_order(layer):
-    kernels.pack(layer)
+    kernels.pack([layer.weight])
     moved = layer.double()
     with torch.no_grad():
         x = torch.randn(4, 192, dtype=torch.float64)

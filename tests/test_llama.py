@@ -449,7 +449,7 @@ def talker():
 
 @pytest.mark.parametrize("method", ["plain", "two-pass", "fused", "tree with lookup"])
 def test_a_kept_cache_leaves_every_text_as_it_is(method, talker, monkeypatch):
-    monkeypatch.setattr("minipass.decode.KEPT_ROWS", 3)  # the rest of a prompt comes in several passes
+    monkeypatch.setattr("minipass.decode.PREFILL_ROWS", 3)  # the rest of a prompt comes in several passes
     for seed in range(2):
         keeping, fresh = (engine((method, COUPLED), talker, None, Sampling(seed % 2)) for _ in range(2))
         keeping.keep_cache = True
@@ -488,6 +488,19 @@ def test_only_rows_that_are_new_are_computed(method, talker, monkeypatch):
             counts.append(sum(rows))
         assert counts[0] - counts[1] == n_shared(text, prompt)
         text = prompt + new
+
+
+def test_after_numbers_that_are_not_finite_nothing_is_kept(talker):
+    model = copy.deepcopy(talker)
+    keeping, weight = Engine(model, Fused(2), keep_cache=True), model.h[0].mlp.c_proj.weight.data
+    right = weight.clone()
+    keeping.generate([1, 2, 3], 1)
+    weight.fill_(torch.inf)
+    with pytest.raises(InputError, match="not finite"):
+        keeping.generate([1, 2, 3, 4], 9)
+    weight.copy_(right)
+    text = [1, 2, 3, 4, 5, 6]
+    assert keeping.generate(text, 4).tokens == [plain_text(model, text, 4)]
 
 
 def test_one_kept_token_too_many_is_caught(talker, patch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from conftest import random_model
 
@@ -562,6 +563,11 @@ def infinite(tensors: dict) -> None:
     tensors["draft_head.c_fc.bias"][2] = -torch.inf
 
 
+def flat(tensors: dict) -> None:
+    tensors["draft_head.c_fc.bias"] = torch.tensor(1.0)
+    tensors["h.0.mlp.c_fc.down"] = torch.tensor(1.0)
+
+
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
@@ -573,6 +579,7 @@ def infinite(tensors: dict) -> None:
         (a_layer_more, "do not fit the model"),
         (not_a_number, r"not finite, in h\.1\.mlp\.c_fc\.up"),
         (infinite, r"not finite, in draft_head\.c_fc\.bias"),
+        (flat, "do not fit the model"),
     ],
 )
 def test_a_file_of_adapters_that_is_wrong_is_refused_by_name(damage, complaint, adapters, safetensors):
@@ -631,6 +638,35 @@ def test_adapters_in_the_folder_of_their_model_come_before_shipped_ones(shipped,
     loaded = weights.load(folder)
     assert loaded.record == {"name": "own"}
     assert loaded.model.config == own.config
+
+
+@pytest.mark.parametrize("record", ['{"rank_accuracy": null}', '{"rank_accuracy": 3}', "[]"])
+def test_a_record_of_another_kind_is_refused(record, safetensors, tmp_path):
+    file, model = tmp_path / "adapters.safetensors", a_llama()
+    safetensors.save_file(drafting(trained_on(model)), file, {"record": record})
+    with pytest.raises(InputError, match="has a training record of another kind"):
+        weights.load_adapters(model, file)
+
+
+def test_a_bare_name_means_the_packages_whatever_folder_is_here(shipped, tmp_path, monkeypatch):
+    folder = llama_folder(tmp_path / "llama", a_llama())
+    monkeypatch.setattr(pretrained, "smollm2_file", lambda: folder)
+    monkeypatch.chdir(tmp_path)
+    weights.save_pretrained(trained_on(a_llama(), n_lookahead=7), "smollm2", {"name": "exported"})
+    assert weights.load("smollm2").record == {"name": "x"}
+    (tmp_path / "smollm2" / pretrained.TOKENIZER).write_bytes((folder / pretrained.TOKENIZER).read_bytes())
+    assert weights.load("./smollm2").record == {"name": "exported"}
+
+
+def test_a_checkpoint_does_not_take_a_tokenizer_that_cuts_text_otherwise(tmp_path):
+    ours = build_encoding([])
+    theirs = tiktoken.Encoding(
+        "theirs", pat_str=r"\p{N}|\P{N}+", mergeable_ranks=ours._mergeable_ranks, special_tokens=ours._special_tokens
+    )
+    model = random_model(seed=0, vocab_size=257)
+    weights.save(tmp_path / "ours.pt", model, ours, {})
+    with pytest.raises(InputError, match="cannot hold a tokenizer of others"):
+        weights.save(tmp_path / "theirs.pt", model, theirs, {})
 
 
 def test_none_gives_the_table_alone_wherever_the_adapters_come_from(safetensors, tmp_path):

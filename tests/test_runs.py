@@ -318,6 +318,11 @@ def test_a_run_goes_on_to_its_own_bound_and_says_when_it_is_finished(
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     train(tmp_path, "--resume", "--minutes", "1", settings=WITHOUT_STEPS)
     assert weights.load(tmp_path / "last.pt").training["seconds"] >= 60
+    os.utime(tmp_path / "model.pt", (0, 0))  # as if it could not be written at the end of the longer run
+    capsys.readouterr()
+    train(tmp_path, "--resume", settings=WITHOUT_STEPS)
+    assert f"wrote {tmp_path / 'model.pt'}" in capsys.readouterr().out
+    assert (tmp_path / "model.pt").stat().st_mtime > 0
 
 
 def test_where_no_run_is_there_is_none_to_go_on_with(train, tmp_path):

@@ -243,6 +243,9 @@ def test_a_run_is_not_overwritten_and_resumes_only_with_its_own_settings(train, 
         with pytest.raises(InputError, match=f"has {changed[0][2:].replace('-', '_')} .*, not .*{changed[1]}"):
             train(tmp_path, "--steps", "1", *SIZES, "--resume", *changed)
     assert before == {file: file.read_bytes() for file in tmp_path.iterdir()}
+    (tmp_path / "last.pt").unlink()  # what remains is still a model that somebody trained
+    with pytest.raises(InputError, match="already holds a run"):
+        train(tmp_path, "--steps", "1", *SIZES)
 
 
 def test_a_base_needs_no_lookahead_tokens_and_other_stages_say_that_they_do(train, tmp_path):

@@ -9,6 +9,7 @@ For readers who asked their system for less motion it stands still and shows the
 """
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ def svg(runs: Sequence[Run], encoding: tiktoken.Encoding, prompt: Sequence[int],
     for line in (facts,) if columns > 1 else lines:
         body.append(label(MARGIN + 8, height + 2, line, "words soft"))
         height += 18
-    title = f"{' and '.join(run.name for run in runs)} write a text, side by side. {facts}."
+    title = f"{' and '.join(run.name for run in runs)} write a text at the same time. {facts}."
     style = STYLE.replace("LOOP", f"{loop:.3f}s") + "\n".join(keyframes)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
@@ -220,12 +221,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--dtype", default="float32", help="as in sample.py (default: %(default)s)")
     args = parser.parse_args()
+    if not args.file.name:
+        raise InputError(f"FILE must name a file, not {args.file}")
     device = choose_device("auto")
     loaded = weights.load(args.checkpoint, device=device, dtype=choose_dtype(args.dtype, device))
     sampling = Sampling(args.temperature, top_k=10)
     methods = {"Plain decoding": Plain(), f"PaSS, drafts a pass: {args.lookahead}": Fused(args.lookahead)}
     engines = {name: Engine(loaded.model, method, sampling) for name, method in methods.items()}
-    prompt = encode_bytes(loaded.encoding, args.prompt.encode())
+    prompt = encode_bytes(loaded.encoding, os.fsencode(args.prompt))
     runs = measure(engines, prompt, args.max_new_tokens, stop_tokens(loaded.encoding), args.seed)
     n_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     note = f"Model {Path(args.checkpoint).name}, {n_parameters / 1e6:.0f}M weights, {args.dtype}"

@@ -14,9 +14,9 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a checkpoint, as in sample.py --checkpoint")
     parser.add_argument("folder", type=Path, help="the folder to write")
     args = parser.parse_args()
-    model = weights.load(args.checkpoint).model
-    weights.save_pretrained(model, args.folder)
-    n_lookahead, width = model.lookahead.shape
+    loaded = weights.load(args.checkpoint)
+    weights.save_pretrained(loaded.model, args.folder, loaded.record)
+    n_lookahead, width = loaded.model.lookahead.shape
     table = f" and {weights.TABLE} ({n_lookahead} x {width})" if n_lookahead else ""
     print(f"wrote {args.folder}: {pretrained.CONFIG}, {pretrained.WEIGHTS}{table}")
 

@@ -344,7 +344,7 @@ def curve(turns: list[SeenTurn]) -> str:
     step = -(-len(turns) // N_POINTS)
     points = [(seen.total_passes, seen.tokens_per_pass) for seen in [*turns[:-1:step], turns[-1]]]
     left, right, top, bottom = 24, 284, 8, 94  # of the plot, in a box of 320 x 112
-    most = max(1.2, *(y for _, y in points), 0.0)
+    most = max(1.2, *(y for _, y in points))
     first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
 
     def at(x: float, y: float) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from minipass.decode import Fused, Method, Plain, TwoModels, TwoPass
 from minipass.engine import Engine
 from minipass.errors import InputError
 from minipass.extras.benchmark import measuring
-from minipass.extras.benchmark.measuring import Run, now, seconds_in_turns
+from minipass.extras.benchmark.measuring import WARM_UPS, Run, now, seconds_in_turns
 from minipass.extras.benchmark.subjects import Bench, Subject
 from minipass.model import GPT, GPTConfig, is_drafting
 from minipass.sampling import COUPLED, REJECTION, Sampling
@@ -38,9 +38,9 @@ LARGER = {  # sizes of models with random weights, whose only use is to be timed
     "cpu": [(8, 8, 512), (12, 12, 768)],
     "cuda": [*((*size, 0, 0, 50_257, 1024) for size in GPT2), *((*size, 49_152, 2048) for size in LLAMA)],
 }
-# Turns that are timed; more tokens than these turns make, but not many, since a turn reads the cache's room for them;
-# float32 numbers that are read to time the memory; untimed tokens before a race.
-REPEATS, MANY_TOKENS, READ, WARM_UP = 20, 300, 2**26, 16
+REPEATS = 20  # turns that are timed
+READ = 2**26  # float32 numbers that are read to time the memory
+WARM_UP = 16  # untimed tokens before a race
 
 
 class Contender(NamedTuple):
@@ -170,7 +170,9 @@ def turns(bench: Bench, contenders: Sequence[Contender], larger: bool = False) -
     for size in (None, *(LARGER[own.device.type] if larger else ())):
         model = own if size is None else random_model(own, size, options.seed)
         engines = [Engine(model, each.method, use_graphs=options.cuda_graphs) for each in contenders]
-        streams = [engine.stream([0] * options.prompt_tokens, MANY_TOKENS) for engine in engines]
+        deepest = max(shape.tree.depth[-1] for each in contenders for shape in each.method.largest)
+        most = (WARM_UPS + REPEATS) * (1 + deepest)  # tokens of these turns
+        streams = [engine.stream([0] * options.prompt_tokens, most) for engine in engines]
         seconds = seconds_in_turns([stream.__next__ for stream in streams], REPEATS)
         unread = ["wpe.weight", *["wte.weight"] * (not model.config.tied)]  # only a few rows are read
         read = sum(p.numel() for name, p in model.named_parameters() if name not in unread and not is_drafting(name))

@@ -2,25 +2,16 @@
 
 import ast
 import re
-import warnings
 from collections.abc import Iterable
-from contextlib import suppress
 
 import tiktoken
 from tqdm import tqdm
 
+from minipass.data import parsed
 from minipass.engine import Engine
 from minipass.tokenizer import encode_text, stop_tokens
 
 BATCH = 32
-
-
-def parsed(code: str) -> ast.Module | None:
-    """The code's syntax tree; None if it is not Python."""
-    with warnings.catch_warnings(), suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-        warnings.simplefilter("ignore")  # about invalid escapes in other people's code
-        return ast.parse(code)
-    return None
 
 
 def function_heads(texts: Iterable[str]) -> list[str]:
@@ -43,7 +34,7 @@ def complete(engine: Engine, encoding: tiktoken.Encoding, heads: list[str], n_ne
     the last line is cut off, as it may be half a line.
     """
     stop, functions = stop_tokens(encoding), []
-    for start in tqdm(range(0, len(heads), BATCH), unit="batch", dynamic_ncols=True):
+    for start in tqdm(range(0, len(heads), BATCH), unit="batch", disable=None):
         batch = heads[start : start + BATCH]
         prompts = [encode_text(encoding, head).tolist() for head in batch]
         made = engine.generate(prompts, n_new, stop_token=stop, seed=seed + start).tokens

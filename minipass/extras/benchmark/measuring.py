@@ -75,7 +75,7 @@ def take_turns(
     once untimed, on the first prompt for warm_up tokens.
     """
     samples: list[list[Sample]] = [[run(prompts[0], warm_up, seed)][1:] for run in runs]
-    for index, prompt in enumerate(tqdm(prompts, desc=title, unit="prompt", dynamic_ncols=True)):
+    for index, prompt in enumerate(tqdm(prompts, desc=title, unit="prompt", disable=None)):
         for which in np.roll(range(len(runs)), -index):
             samples[which].append(runs[which](prompt, n_new, seed + index))
     return samples

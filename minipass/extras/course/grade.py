@@ -32,9 +32,11 @@ from minipass.errors import InputError
 from minipass.extras.course import PACKAGE
 from minipass.extras.course.grading import EXERCISES
 from minipass.extras.course.submit import Refused, taken
+from minipass.files import atomic_write
 
 MOST_SECONDS = 300  # for an exercise of the real package
 SLOWER, MORE_SECONDS = 10, 5  # a submission may take so many times as long as that, and so much longer
+ZIPS = ".zip", ".ZIP", ".Zip"
 LARGEST_FILE = 10**6  # bytes
 FILES = sorted({file for exercise in EXERCISES.values() for file, _ in exercise.functions})
 
@@ -74,7 +76,7 @@ def submissions(paths: Iterable[Path]) -> dict[str, dict[str, str | Refused]]:
         if not path.exists():
             raise InputError(f"{path} is not there")
         own = path.is_file() or any((path / place / file).is_file() for place in ("", "minipass") for file in FILES)
-        inside = [] if own else sorted(each for each in path.iterdir() if each.is_dir() or each.suffix == ".zip")
+        inside = [] if own else sorted(each for each in path.iterdir() if each.is_dir() or each.suffix in ZIPS)
         for each in [path] if own else inside:
             if (each / "grades.json").is_file():  # what an earlier run wrote
                 continue
@@ -96,7 +98,7 @@ def read(path: Path) -> dict[str, str | Refused]:
         with zipfile.ZipFile(path) as archive:
             sizes = {info.filename: info.file_size for info in archive.infolist()}
             return {file: text(sizes[name], lambda name=name: archive.read(name)) for file, name in places(sizes)}
-    except (OSError, zipfile.BadZipFile, RuntimeError) as error:  # RuntimeError: a password
+    except Exception as error:  # a damaged zip raises what it likes, as zlib.error, and a password a RuntimeError
         return dict.fromkeys(FILES, Refused(f"{path.name} cannot be read: {error}"))
 
 
@@ -254,7 +256,7 @@ def jobs(given: dict[str, dict]) -> Iterator[Job]:
 
 
 def write(results: dict[str, dict], seed: int, folder: Path) -> None:
-    """Writes grades.csv and grades.json, and prints the table."""
+    """Prints the table, then writes grades.csv and grades.json."""
     rows = [[name, *(of[n][0] for n in EXERCISES), sum(gained for gained, _ in of.values())]
             for name, of in results.items()]  # fmt: skip
     head = ["submission", *(f"exercise {number}" for number in EXERCISES), "total"]
@@ -264,17 +266,17 @@ def write(results: dict[str, dict], seed: int, folder: Path) -> None:
         | {f"exercise {n}": {"points": of[n][0], "of": EXERCISES[n].points, "messages": of[n][1]} for n in EXERCISES}
         for name, of in results.items()
     }
-    try:
-        with open(folder / "grades.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([head, best, *rows])
-        (folder / "grades.json").write_text(
-            json.dumps({"seed": seed, "submissions": details}, indent=1, ensure_ascii=False) + "\n", "utf-8"
-        )
-    except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}") from error
     width = max(len(str(row[0])) for row in [head, *rows])
     for row in [["submission", *EXERCISES, "total"], best, *rows]:
         print(f"{row[0]:{width}}", *(f"{cell:>5}" for cell in row[1:]))
     if len(results) == 1:
         print(*(f"exercise {n}: {why}" for of in results.values() for n in EXERCISES for why in of[n][1]), sep="\n")
+
+    def write_table(path: Path) -> None:
+        with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            csv.writer(file).writerows([head, best, *rows])
+
+    atomic_write(folder / "grades.csv", write_table)
+    said = json.dumps({"seed": seed, "submissions": details}, indent=1) + "\n"
+    atomic_write(folder / "grades.json", lambda path: path.write_text(said, "utf-8"))
     print(f"wrote {folder / 'grades.csv'} and {folder / 'grades.json'}, which says what was wrong")

@@ -9,10 +9,10 @@ import sys
 import zipfile
 from pathlib import Path
 
-from minipass.errors import InputError
 from minipass.extras.course import PACKAGE
 from minipass.extras.course.grade import grade, read
 from minipass.extras.course.grading import EXERCISES
+from minipass.files import atomic_write
 
 SETUP = """#!/usr/bin/env bash
 set -e
@@ -31,18 +31,18 @@ cd "$folder/source"
 
 def write_autograder(folder: Path) -> Path:
     """Writes autograder.zip: the package's sources and graders, setup.sh and run_autograder."""
-    target = folder / "autograder.zip"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+
+    def write(file: Path) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, text in (("setup.sh", SETUP), ("run_autograder", RUN)):
                 info = zipfile.ZipInfo(name)
                 info.external_attr = 0o100755 << 16  # may be executed
                 archive.writestr(info, text)
             for path in sorted(PACKAGE.rglob("*.py")):
                 archive.write(path, path.relative_to(PACKAGE.parent))
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror}") from error
+
+    target = folder / "autograder.zip"
+    atomic_write(target, write)
     return target
 
 

@@ -25,11 +25,17 @@ def submit(folder: Path) -> list[str]:
     try:
         texts = {file: (folder / "minipass" / file).read_bytes() for file in FILES}
         blanks = {file: (folder / "tests" / "blank" / file).read_text("utf-8") for file in FILES}
-        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-            for file, text in texts.items():
-                archive.writestr(f"minipass/{file}", text)
     except OSError as error:
         raise SystemExit(f"submit: {error.filename}: {error.strerror}; run this in the handout's folder") from error
+    half = target.with_suffix(".part")
+    try:
+        with zipfile.ZipFile(half, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file, text in texts.items():
+                archive.writestr(f"minipass/{file}", text)
+        half.replace(target)
+    except OSError as error:
+        half.unlink(missing_ok=True)
+        raise SystemExit(f"submit: cannot write {target}: {error.strerror}") from error
     for file, blank in blanks.items():
         for name, node in functions(ast.parse(blank)).items():
             if "raise NotImplementedError('Exercise " in ast.unparse(node):
