@@ -61,7 +61,7 @@ def best_tree(accuracy: Accuracy, n_drafts: int) -> DraftTree:
     The probability of a path is the product over its nodes. The tree has fewer nodes if there are not enough ranks.
     Raises InputError for an `accuracy` that is not finite numbers, and for n_drafts out of bounds.
     """
-    accuracy = _numbers(accuracy) if len(accuracy) else []
+    accuracy = [] if isinstance(accuracy, Sequence) and not accuracy else _numbers(accuracy)
     whole(n_drafts, "the number of drafts in a tree", 0, MOST_DRAFTS)
     chosen: list[tuple[int, ...]] = []  # a node is named by the ranks on the way to it
     growing = [(-accuracy[0][0], (0,))] if accuracy else []  # the likeliest node first
