@@ -102,7 +102,7 @@ def read_results(path: Path | None) -> dict:
     """What earlier runs wrote there, by experiment; empty if no file is there. Raises InputError for another file."""
     try:
         found = json.loads(path.read_text()) if path and os.path.isfile(path) else {"experiments": {}}
-        return {**found["experiments"]}  # a TypeError for another kind
+        return {name: {**each} for name, each in {**found["experiments"]}.items()}  # a TypeError for another kind
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} exists already but not from this script: name another file with --json") from error
 
@@ -110,7 +110,7 @@ def read_results(path: Path | None) -> dict:
 def main() -> None:
     args = parse_arguments()
     bench, results = prepare(args), read_results(args.json)
-    where, before = setting(bench), {**results}
+    where, whole = setting(bench), {name for name, found in results.items() if "unfinished" not in found}
 
     def write_results() -> None:
         if args.json:
@@ -129,19 +129,19 @@ def main() -> None:
         n_said = 0  # parts of the report; each is said as soon as it is there
         try:
             for report in EXPERIMENTS[name](bench):
-                if name not in before:  # a whole one of an earlier run stays until this one is whole
-                    results[name] = {"setting": where, **report.data}
+                if name not in whole:  # that of an earlier run stays until this one is whole, too
+                    results[name] = {"setting": where, "unfinished": True, **report.data}
                     write_results()
                 with heedless() if args.json else nullcontext():
                     head = [] if n_said else [f"**{name}**: {EXPERIMENTS[name].__doc__}"]
                     print("\n\n".join([*head, *report.parts[n_said:], ""]), flush=True)
                 n_said = len(report.parts)
         except InputError as error:
-            if not args.full:
-                raise
-            if name not in before:
+            if name not in whole:
                 results.pop(name, None)
                 write_results()
+            if not args.full:
+                raise
             print(f"**{name}** is left out: {error}\n", flush=True)
             continue
         results[name] = {"setting": where, **report.data}

@@ -406,7 +406,8 @@ class Trainer:
         made = self.last, args.out / weights.MODEL, args.out / weights.ADAPTERS
         # os.path.exists is False where Path.exists raises: for a name that is too long.
         if any(map(os.path.exists, made)) and not args.resume:
-            raise InputError(f"{args.out} already holds a run: go on with --resume, or name another folder with --out")
+            go_on = "go on with --resume, or " if os.path.exists(self.last) else ""
+            raise InputError(f"{args.out} already holds a run: {go_on}name another folder with --out")
         loaded = unfinished_run(self.last, args) if args.resume else None
         if args.steps is None and args.minutes is None:
             args.minutes = MINUTES

@@ -154,6 +154,7 @@ def turn_seconds(
     fewer where that takes long, as on a CPU with a large model. A turn has waited for the device when it comes, so the
     clock needs no more.
     """
+    accuracy = _numbers(accuracy)
     complete = [best_tree(accuracy[:depth], n) for depth, n in ((0, 0), (1, 1), (2, 2), (2, 8))]
     deep = [best_tree(accuracy, n) for n in (5, 24)]  # with look-ahead rows after the root alone, so with few rows
     timed = complete + [DraftTree(tree.parents, (tree.depth[-1], *[0] * len(tree.parents))) for tree in deep]

@@ -48,7 +48,7 @@ class Result(NamedTuple):
     """What a turn made: drafts and q as in trees.accept, the last accepted node (B,) int64, what the turn hands on, and
     for_host, (B, 3 + D) int64: [drafts accepted, last accepted node, next token, the drafts on the path to that node].
     kept: (B or 1, 1 + N) int64, the nodes that were verified. Nodes have their numbers in the shape's tree. The next
-    token is NOT_FINITE where hidden states on the path are not: float16 overflows in some models."""
+    token is NOT_FINITE where logits of the path are not: float16 overflows in some models."""
 
     drafts: Drafts
     q: Distribution
@@ -97,7 +97,7 @@ class Decoder:
         group, batch = nodes.group_rows[last], self.cache.batch  # (B, L), (B, 1)
         ahead = logits[batch, group] if self.scores_candidates else logits[:, :0]
         handed = Handed(root, pick(rows, last), states[batch, group], ahead)
-        told = torch.where(states[batch, way].isfinite().flatten(1).all(1), root, NOT_FINITE)
+        told = torch.where(logits[batch, way].sum(2, dtype=torch.float64).isfinite().all(1), root, NOT_FINITE)
         for_host = torch.cat([torch.stack([n_accepted, node, told], dim=1), rows.gather(1, way[:, 1:])], dim=1)
         return Result(drafts, q, node, handed, for_host, nodes.kept)
 
@@ -182,8 +182,8 @@ class Decoder:
     ) -> Handed:
         """Prefill: puts all tokens of each context but the last into the caches. The last ones are the first roots.
 
-        n_cached: the number of tokens that are there already, from the text before. Raises InputError when what the
-        model computes is not finite.
+        n_cached: the number of tokens that are there already, from the text before. Raises InputError when the model
+        computes hidden states that are not finite.
         """
         padded = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, contexts)), batch_first=True).to(self.device)
         last = torch.tensor([len(context) - 1 for context in contexts], device=self.device)
@@ -193,7 +193,8 @@ class Decoder:
                 if rows.numel():
                     layout = with_groups(path(rows.shape[1]), (), 0).to(self.device) if n_cached else None
                     states = model.hidden(rows, layout, cache)  # what is past a shorter context is overwritten later
-                    if not states.isfinite().all():
+                    past = cache.slots(rows.shape[1]) >= last[:, None]
+                    if model is self.model and not (states.isfinite().all(2) | past).all():
                         raise not_finite()
                 cache.length += rows.shape[1]
             cache.length.copy_(last)

@@ -61,7 +61,7 @@ class Engine:
             kernels.pack(each.matrices())
         self.method, self.sampling, self.use_graphs = method, sampling, use_graphs
         self.keep_cache = keep_cache
-        self.last: tuple[Decoder | None, list[int]] = None, []  # with keep_cache; and the tokens in its cache
+        self.last: tuple[Decoder | None, list[int]] = None, []  # with keep_cache, and what its cache holds
         self.idle: dict[int, list[Decoder]] = defaultdict(list)  # with recorded graphs, by number of texts
 
     def stream(
@@ -74,7 +74,8 @@ class Engine:
         number s, which gives text b the seed s + b. Under the coupled rule, and when greedy, a text depends on
         weights, prompt and seed alone: it is plain decoding's. Under the rejection rule it also depends on the method,
         but not on the batch (unless lookup or Auto choose shapes for the whole batch).
-        Raises InputError for anything out of bounds, before the first pass.
+        Raises InputError for anything out of bounds, before the first pass; later only where the model computes numbers
+        that are not finite.
         """
         return self._turns(Texts(prompts, max_new_tokens, stop_token, seed, self.models[0].config))
 
@@ -125,8 +126,9 @@ class Engine:
         def fits(decoder: Decoder) -> bool:
             return n_slots <= decoder.cache.max_len <= 2 * n_slots
 
-        n_texts, (old, held), n_cached = len(contexts), self.last, 0
-        if old is not None and n_texts == 1:
+        n_texts, n_cached = len(contexts), 0
+        old, held = self.last if n_texts == 1 else (None, [])
+        if old is not None:
             self.last = None, []  # until this text is done: no other may use it, and it may be interrupted
             same = [a == b for a, b in zip(held, contexts[0][:-1], strict=False)]
             n_cached = [*same, False].index(False)
@@ -135,10 +137,10 @@ class Engine:
         fitting = sorted(filter(fits, self.idle[n_texts]), key=lambda decoder: decoder.cache.max_len)
         if fitting:
             self.idle[n_texts].remove(fitting[0])
-            return fitting[0], 0
-        decoder = Decoder(self.models, self.sampling, self.method.rule, n_texts, n_slots)
-        if n_cached:
+        decoder = (fitting or [Decoder(self.models, self.sampling, self.method.rule, n_texts, n_slots)])[0]
+        if old is not None:
             decoder.cache.pairs[:, :, :n_cached] = old.cache.pairs[:, :, :n_cached]
+            self.idle[1] += [old] * self.use_graphs
         return decoder, n_cached
 
     def _without_ended(self, texts: Texts, decoder: Decoder, handed: Handed) -> Handed:

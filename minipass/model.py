@@ -385,7 +385,7 @@ class GPT(nn.Module):
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def matrices(self) -> list[torch.Tensor]:
-        """What `kernels.linear` multiplies by: all matrices but embeddings and adapters."""
+        """What `kernels.linear` multiplies by: the output matrix, those of the blocks, the draft head's."""
         inside = [*self.h.modules(), *(self.draft_head.children() if self.draft_head else ())]
         return [self.head, *(module.weight for module in inside if isinstance(module, nn.Linear))]
 

@@ -254,6 +254,8 @@ def _read_checkpoint(path: Path | str) -> Checkpoint:
             raise TypeError("its training record is not a dictionary")
         if "hits" in record:  # its name in older files
             record["rank_accuracy"] = record.pop("hits")
+        if not isinstance(record.get("rank_accuracy", []), list):
+            raise TypeError("its accuracy of drafts is not a list")
     return Checkpoint(model, encoding, record, training, theirs.chat_template if theirs else None)
 
 

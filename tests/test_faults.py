@@ -369,6 +369,31 @@ def test_a_model_that_computes_numbers_that_are_not_finite_writes_no_text(method
         Engine(model, method, sampling).generate([prompt, prompt], 5)
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_k=3)], ids=["greedy", "sampled"])
+def test_an_output_matrix_whose_logits_are_not_finite_writes_no_text(sampling):
+    model = random_model(seed=0, tied=False)
+    with torch.no_grad():
+        model.ln_f.weight.mul_(1e200)
+        model.lm_head.weight.mul_(1e200)
+    with pytest.raises(InputError, match="not finite"):
+        Engine(model, Fused(2), sampling).generate([1, 2, 3], 5)
+
+
+def test_numbers_past_a_shorter_prompt_of_a_batch_may_be_anything():
+    """Shorter prompts are padded with token 0, which would overflow here."""
+    model = random_model(seed=0, tied=False)
+    with torch.no_grad():
+        model.wte.weight[0] = 1e308
+        model.lm_head.weight[0] = 0  # others are likelier
+    engine = Engine(model, Fused(2))
+    prompts = [[1, 2, 3], [4]]
+    alone = [engine.generate(prompt, 3).tokens[0] for prompt in prompts]
+    assert 0 not in sum(alone, [])
+    assert engine.generate(prompts, 3).tokens == alone
+    with pytest.raises(InputError, match="not finite"):
+        engine.generate([[1, 0, 3], [4]], 3)
+
+
 def test_a_text_that_has_ended_may_be_anything():
     """What is computed for it is not written."""
     texts = Texts([[1], [2]], 3, None, 0, random_model(seed=0).config)

@@ -154,6 +154,18 @@ def test_recorded_turns_read_few_more_slots_than_the_text_needs(stand_in):
     assert len(engine.idle[1]) == 2, "a short text goes on with the small one"
 
 
+def test_a_conversation_records_once_for_each_size(stand_in):
+    model = random_lively_model(seed=2, block_size=512)
+    engine = Engine(model, Fused(2), use_graphs=True, keep_cache=True)
+    short, long, n_graphs = [1, 2, 3], [3] * 200, []
+    for prompt in (short, long, short, long, short):
+        assert engine.generate(prompt, 16).tokens == [plain_text(model, prompt, 16)]
+        decoders = [*engine.idle[1], engine.last[0]]
+        n_graphs.append(sum(len(decoder.graphs) for decoder in decoders))
+    assert len({id(decoder) for decoder in decoders}) == len(decoders) == 2
+    assert n_graphs[1] == n_graphs[-1], "all were recorded in the first two calls"
+
+
 def test_two_streams_at_once_from_one_engine_do_not_share_a_decoder(lively, stand_in):
     engine, prompts = recorded(("fused", COUPLED), *lively), [[1, 2, 3], [4, 5, 6]]
     streams, texts = [engine.stream(prompt, 20) for prompt in prompts], [[], []]

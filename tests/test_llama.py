@@ -504,8 +504,8 @@ def test_after_numbers_that_are_not_finite_nothing_is_kept(talker):
 
 
 def test_one_kept_token_too_many_is_caught(talker, patch):
-    def begin(original, decoder, contexts, starts, seeds, n_kept):
-        return original(decoder, contexts, starts, seeds, n_kept + (0 < n_kept < len(contexts[0]) - 1))
+    def begin(original, decoder, contexts, starts, seeds, n_cached):
+        return original(decoder, contexts, starts, seeds, n_cached + (0 < n_cached < len(contexts[0]) - 1))
 
     keeping, fresh = Engine(talker, Fused(2), keep_cache=True), Engine(talker, Fused(2))
     expected = list(conversation(random.Random(0), fresh))

@@ -32,11 +32,10 @@ from minipass.errors import InputError
 from minipass.extras.course import PACKAGE
 from minipass.extras.course.grading import EXERCISES
 from minipass.extras.course.submit import Refused, taken
-from minipass.files import atomic_write
+from minipass.files import atomic_write, heedless
 
 MOST_SECONDS = 300  # for an exercise of the real package
 SLOWER, MORE_SECONDS = 10, 5  # a submission may take so many times as long as that, and so much longer
-ZIPS = ".zip", ".ZIP", ".Zip"
 LARGEST_FILE = 10**6  # bytes
 FILES = sorted({file for exercise in EXERCISES.values() for file, _ in exercise.functions})
 
@@ -76,7 +75,7 @@ def submissions(paths: Iterable[Path]) -> dict[str, dict[str, str | Refused]]:
         if not path.exists():
             raise InputError(f"{path} is not there")
         own = path.is_file() or any((path / place / file).is_file() for place in ("", "minipass") for file in FILES)
-        inside = [] if own else sorted(each for each in path.iterdir() if each.is_dir() or each.suffix in ZIPS)
+        inside = [] if own else sorted(each for each in path.iterdir() if each.is_dir() or is_zip(each))
         for each in [path] if own else inside:
             if (each / "grades.json").is_file():  # what an earlier run wrote
                 continue
@@ -87,6 +86,10 @@ def submissions(paths: Iterable[Path]) -> dict[str, dict[str, str | Refused]]:
     if not found:
         raise InputError("there is no submission: give folders or zips that hold minipass/decode.py and others")
     return found
+
+
+def is_zip(path: Path) -> bool:
+    return path.suffix.lower() == ".zip"
 
 
 def read(path: Path) -> dict[str, str | Refused]:
@@ -267,10 +270,11 @@ def write(results: dict[str, dict], seed: int, folder: Path) -> None:
         for name, of in results.items()
     }
     width = max(len(str(row[0])) for row in [head, *rows])
-    for row in [["submission", *EXERCISES, "total"], best, *rows]:
-        print(f"{row[0]:{width}}", *(f"{cell:>5}" for cell in row[1:]))
-    if len(results) == 1:
-        print(*(f"exercise {n}: {why}" for of in results.values() for n in EXERCISES for why in of[n][1]), sep="\n")
+    with heedless():
+        for row in [["submission", *EXERCISES, "total"], best, *rows]:
+            print(f"{row[0]:{width}}", *(f"{cell:>5}" for cell in row[1:]))
+        if len(results) == 1:
+            print(*(f"exercise {n}: {why}" for of in results.values() for n in EXERCISES for why in of[n][1]), sep="\n")
 
     def write_table(path: Path) -> None:
         with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:

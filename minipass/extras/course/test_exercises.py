@@ -1093,8 +1093,8 @@ class Retold(Engine):
     refills = False
 
     def _decoder(self, contexts: list[list[int]], n_tokens: int) -> tuple[Decoder, int]:
-        self.decoder, n_kept = super()._decoder(contexts, n_tokens)
-        return self.decoder, n_kept
+        self.decoder, n_cached = super()._decoder(contexts, n_tokens)
+        return self.decoder, n_cached
 
     def _turns(self, texts: Texts) -> Iterator[Turn]:
         emit = texts.emit
