@@ -304,7 +304,7 @@ def compare(
     may_differ: why their texts may differ. If it is empty and they differ, exits with a sentence and status 1.
     """
     rates: dict[str, list[float]] = {name: [] for name in engines}
-    results, methods = {}, {name: copy.deepcopy(engine.method) for name, engine in engines.items()}
+    results, methods = {}, {name: engine.method for name, engine in engines.items()}
     for repeat in range(repeats + 1):
         for name, engine in engines.items():
             engine.method = copy.deepcopy(methods[name])  # auto learns from a text: each run begins like the first
