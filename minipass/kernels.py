@@ -1,8 +1,9 @@
-"""Matrix products on a CPU in float32: a few rows at nearly the price of one.
+"""Matrix products on a CPU: a few rows at nearly the price of one.
 
-PaSS pays where a pass over several rows takes hardly longer than over one. The BLAS behind F.linear often takes several
-times as long for 2 to 32 rows. oneDNN, which comes with PyTorch, does not, once a weight is stored in oneDNN's own
-order. It reads a large weight faster for one row, too.
+PaSS pays where a pass over several rows takes hardly longer than over one. In float32 the BLAS behind F.linear often
+takes several times as long for 2 to 32 rows. oneDNN, which comes with PyTorch, does not, once a weight is stored in
+oneDNN's own order. It reads a large weight faster for one row, too. In bfloat16 F.linear is oneDNN's product as well,
+but brings the weight into some order at each call.
 """
 
 from collections.abc import Iterable
@@ -11,18 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-LEAST_PRODUCTS = 2**19  # multiplications: with fewer, F.linear is done before oneDNN has begun
-LEAST_SIZE, ROWS = 2**15, 8  # numbers in a weight that is worth a second copy; the rows that its order is chosen for
+LEAST_PRODUCTS = 2**19  # multiplications in float32: with fewer, F.linear is done before oneDNN has begun
+LEAST_SIZE = 2**15  # numbers in a float32 weight that is worth a second copy
+ROWS = 8  # oneDNN's order is chosen for so many
 packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights to (state, sum, the weight in oneDNN's order)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear; without gradients, for a packed weight that has not changed since, oneDNN's."""
-    if x.numel() * len(weight) >= LEAST_PRODUCTS and not torch.is_grad_enabled():
-        state, _, in_order = packed.get(weight, (None, None, None))
-        if state is not None and state == _state(weight):
-            return torch.ops.mkldnn._linear_pointwise(x, in_order, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    in_order = _in_order(x, weight)
+    if in_order is None:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, in_order, bias, "none", [], "")
+
+
+def add_linear(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Adds linear(x, weight) to y (B, R, out) in place, where weight is not packed in one operation."""
+    if _in_order(x, weight) is None:
+        y.baddbmm_(x, weight.T.to(x.dtype).expand(len(x), -1, -1))  # autocast has another dtype
+    else:
+        y += linear(x, weight)
 
 
 def available() -> bool:
@@ -31,17 +40,28 @@ def available() -> bool:
 
 
 def pack(weights: Iterable[torch.Tensor]) -> None:
-    """Stores matrices (out, in) once more, in oneDNN's order, if they are float32, on a CPU that has oneDNN.
+    """Stores matrices (out, in) once more, in oneDNN's order: on a CPU, in float32 (large ones) or bfloat16.
 
     A matrix that has changed since is stored anew. `linear` notices a change by itself, but for one through `.data`.
     """
     if not available():
         return
+    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for weight in weights:
-        if weight.dtype == torch.float32 and weight.is_cpu and weight.numel() >= LEAST_SIZE:
+        worth = bfloat16 if weight.dtype == torch.bfloat16 else weight.numel() >= LEAST_SIZE
+        if worth and weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16):
             now = _state(weight), weight.sum().item()
             if packed.get(weight, (None, None, None))[:2] != now:
                 packed[weight] = *now, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+
+
+def _in_order(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """The packed weight, if it is to be used for the product with x."""
+    small = x.dtype == torch.float32 and x.numel() * len(weight) < LEAST_PRODUCTS
+    if small or torch.is_grad_enabled() or x.dtype != weight.dtype:  # as under autocast
+        return None
+    state, _, in_order = packed.get(weight, (None, None, None))
+    return in_order if state == _state(weight) else None
 
 
 def _state(weight: torch.Tensor) -> tuple:

@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from minipass.errors import InputError, whole
-from minipass.kernels import linear
+from minipass.kernels import add_linear, linear
 from minipass.layout import Layout
 
 MAY_BE_0 = ("n_lookahead", "n_draft", "lora_rank", "n_kv_head", "head_dim", "n_inner")  # of a config's sizes
@@ -182,8 +182,7 @@ class Matrix(nn.Linear):
         """(B, R, in_features) to (B, R, out_features); the last n_lookahead rows are look-ahead rows."""
         y = linear(x, self.weight, self.bias)
         if self.down is not None and n_lookahead:
-            low = F.linear(x[:, -n_lookahead:], self.down)
-            y[:, -n_lookahead:].baddbmm_(low, self.up.T.to(low.dtype).expand(len(x), -1, -1))  # autocast has another
+            add_linear(y[:, -n_lookahead:], linear(x[:, -n_lookahead:], self.down), self.up)
         return y
 
     def new_adapter(self, rank: int) -> None:
@@ -385,9 +384,9 @@ class GPT(nn.Module):
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def matrices(self) -> list[torch.Tensor]:
-        """What `kernels.linear` multiplies by: the output matrix, those of the blocks, the draft head's."""
-        inside = [*self.h.modules(), *(self.draft_head.children() if self.draft_head else ())]
-        return [self.head, *(module.weight for module in inside if isinstance(module, nn.Linear))]
+        """What kernels.py multiplies by: the output matrix, those of the blocks, the draft head's."""
+        inside = [*self.h.parameters(), *(self.draft_head.parameters() if self.draft_head else ())]
+        return [self.head, *(parameter for parameter in inside if parameter.dim() == 2)]
 
     def hidden(self, ids: torch.Tensor, layout: Layout | None = None, cache: KVCache | None = None) -> torch.Tensor:
         """One pass over R rows, up to the last block: hidden states (B, R, n_embd).
