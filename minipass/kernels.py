@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 LEAST_PRODUCTS = 2**19  # multiplications in float32: with fewer, F.linear is done before oneDNN has begun
-LEAST_SIZE = 2**15  # numbers in a float32 weight that is worth a second copy
 ROWS = 8  # oneDNN's order is chosen for so many
 packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights to (state, sum, the weight in oneDNN's order)
 
@@ -27,7 +26,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def add_linear(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Adds linear(x, weight) to y (B, R, out) in place, where weight is not packed in one operation."""
+    """Adds linear(x, weight) to y (B, R, out), in place; where weight is not packed, in one operation."""
     if _in_order(x, weight) is None:
         y.baddbmm_(x, weight.T.to(x.dtype).expand(len(x), -1, -1))  # autocast has another dtype
     else:
@@ -40,16 +39,15 @@ def available() -> bool:
 
 
 def pack(weights: Iterable[torch.Tensor]) -> None:
-    """Stores matrices (out, in) once more, in oneDNN's order: on a CPU, in float32 (large ones) or bfloat16.
+    """Stores matrices (out, in) once more, in oneDNN's order: those on a CPU in float32 or bfloat16.
 
     A matrix that has changed since is stored anew. `linear` notices a change by itself, but for one through `.data`.
     """
     if not available():
         return
-    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dtypes = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for weight in weights:
-        worth = bfloat16 if weight.dtype == torch.bfloat16 else weight.numel() >= LEAST_SIZE
-        if worth and weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16):
+        if weight.is_cpu and weight.dtype in dtypes:
             now = _state(weight), weight.sum().item()
             if packed.get(weight, (None, None, None))[:2] != now:
                 packed[weight] = *now, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)

@@ -69,8 +69,7 @@ def test_a_weight_written_through_data_is_packed_anew(layer):
 
 @needs_onednn
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_is_packed_is_what_passes_multiply_by(tied, monkeypatch):
-    monkeypatch.setattr(kernels, "LEAST_SIZE", 1)
+def test_what_is_packed_is_what_passes_multiply_by(tied):
     model = random_lively_model(seed=3, tied=tied, llama=True, lora_rank=2, n_draft=8).float()
     Engine(model, Fused(2))
     names = {name for name, weight in model.named_parameters() if weight in kernels.packed}
