@@ -2,11 +2,13 @@
 
 PaSS pays where a pass over several rows takes hardly longer than over one. In float32 the BLAS behind F.linear often
 takes several times as long for 2 to 32 rows. oneDNN, which comes with PyTorch, does not, once a weight is stored in
-oneDNN's own order. It reads a large weight faster for one row, too. In bfloat16 F.linear is oneDNN's product as well,
-but brings the weight into some order at each call.
+oneDNN's own order; for one row it is the faster one on some machines, and on others it is not. In bfloat16 F.linear is
+oneDNN's product as well, but brings the weight into some order at each call.
 """
 
+import timeit
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -53,13 +55,25 @@ def pack(weights: Iterable[torch.Tensor]) -> None:
                 packed[weight] = *now, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
 
+@cache
+def one_row_pays() -> bool:
+    """Whether oneDNN is the faster one for a single row in float32 on this machine. Measured once, in milliseconds."""
+    weight, x = torch.ones(1024, 1024), torch.ones(1, 1024)
+    in_order = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    with torch.no_grad():
+        ours = timeit.repeat(lambda: torch.ops.mkldnn._linear_pointwise(x, in_order, None, "none", [], ""), number=10)
+        usual = timeit.repeat(lambda: F.linear(x, weight), number=10)
+    return min(ours) < min(usual)
+
+
 def _in_order(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     """The packed weight, if it is to be used for the product with x."""
-    small = x.dtype == torch.float32 and x.numel() * len(weight) < LEAST_PRODUCTS
-    if small or torch.is_grad_enabled() or x.dtype != weight.dtype:  # as under autocast
+    few = x.dtype == torch.float32 and x.numel() * len(weight) < LEAST_PRODUCTS
+    if few or torch.is_grad_enabled() or x.dtype != weight.dtype:  # as under autocast
         return None
     state, _, in_order = packed.get(weight, (None, None, None))
-    return in_order if state == _state(weight) else None
+    one_row = x.dtype == torch.float32 and x.numel() == weight.shape[1]
+    return in_order if state == _state(weight) and (not one_row or one_row_pays()) else None
 
 
 def _state(weight: torch.Tensor) -> tuple:

@@ -44,6 +44,23 @@ def test_small_products_are_left_to_the_blas(layer, monkeypatch):
 
 
 @needs_onednn
+@pytest.mark.parametrize("pays", [True, False])
+def test_one_row_is_left_to_the_blas_where_that_is_faster(layer, monkeypatch, pays):
+    kernels.pack([layer.weight])
+    monkeypatch.setattr(kernels, "one_row_pays", lambda: pays)
+    state, total, _ = kernels.packed[layer.weight]
+    kernels.packed[layer.weight] = state, total, torch.zeros_like(layer.weight)  # is seen where it is used
+    with torch.inference_mode():
+        assert [kernels.linear(torch.randn(n, 192), layer.weight).any().item() for n in (1, 2)] == [not pays, False]
+
+
+@needs_onednn
+def test_which_product_is_faster_is_measured_once():
+    assert isinstance(kernels.one_row_pays(), bool)
+    assert kernels.one_row_pays.cache_info().currsize == 1
+
+
+@needs_onednn
 def test_a_weight_that_changed_is_not_used_in_its_old_order(layer):
     kernels.pack([layer.weight])
     x = torch.randn(4, 192)
