@@ -8,11 +8,10 @@ from conftest import random_lively_model
 from minipass import kernels
 from minipass.decode import Fused, Plain
 from minipass.engine import Engine
+from minipass.model import Matrix
 
 needs_onednn = pytest.mark.skipif(not kernels.available(), reason="PyTorch without oneDNN")
-needs_bfloat16 = pytest.mark.skipif(
-    not kernels.available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN without bfloat16"
-)
+needs_bfloat16 = pytest.mark.skipif(not kernels.bfloat16_pays(), reason="a processor without bfloat16")
 
 
 @pytest.fixture
@@ -55,8 +54,14 @@ def test_one_row_is_left_to_the_blas_where_that_is_faster(layer, monkeypatch, pa
 
 
 @needs_onednn
-def test_which_product_is_faster_is_measured_once():
-    assert isinstance(kernels.one_row_pays(), bool)
+def test_which_product_is_faster_is_measured_once_whatever_the_default_dtype_and_device():
+    kernels.one_row_pays.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert isinstance(kernels.one_row_pays(), bool)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert kernels.one_row_pays.cache_info().currsize == 1
 
 
@@ -82,6 +87,25 @@ def test_a_weight_written_through_data_is_packed_anew(layer):
     kernels.pack([layer.weight])
     with torch.inference_mode():
         torch.testing.assert_close(kernels.linear(x, layer.weight, layer.bias), layer(x), rtol=1e-4, atol=1e-4)
+
+
+@needs_bfloat16
+def test_in_bfloat16_too_small_changes_through_data_are_noticed(layer):
+    """A sum that is itself in bfloat16 would miss one in twenty of these."""
+    weight = layer.bfloat16().weight
+    for row in range(100):
+        kernels.pack([weight])
+        old = kernels.packed[weight][2]
+        weight.data[row].mul_(2)
+        kernels.pack([weight])
+        assert kernels.packed[weight][2] is not old
+
+
+@needs_onednn
+def test_a_weight_that_left_for_another_dtype_is_dropped(layer):
+    kernels.pack([layer.weight])
+    kernels.pack([layer.double().weight])
+    assert layer.weight not in kernels.packed
 
 
 @needs_onednn
@@ -138,11 +162,25 @@ def test_products_are_added_to_the_last_rows(layer, dtype, n_rows):
 
 
 @needs_onednn
-def test_under_autocast_packed_weights_are_not_used(layer):
-    x = torch.randn(2, 3, 192)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_packed_weights_are_not_used(layer, dtype):
+    """Validation in training runs under autocast, on weights that an Engine may have packed when it wrote text."""
+    x = torch.randn(2, 3, 192).to(dtype)
     kernels.pack([layer.weight])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(kernels.linear(x.bfloat16(), layer.weight, layer.bias), layer(x))
+        made = kernels.linear(x, layer.weight, layer.bias)
+        assert made.dtype == torch.bfloat16
+        assert torch.equal(made, layer(x))
+
+
+@needs_onednn
+def test_under_autocast_an_adapter_of_a_packed_base_can_be_validated(monkeypatch):
+    monkeypatch.setattr(kernels, "LEAST_PRODUCTS", 1)
+    matrix = Matrix(192, 320, bias=True)
+    matrix.new_adapter(4)
+    kernels.pack([matrix.weight])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert matrix(torch.randn(2, 5, 192), 3).dtype == torch.bfloat16
 
 
 def test_without_onednn_nothing_is_packed(layer, monkeypatch):
