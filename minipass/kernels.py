@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 LEAST_PRODUCTS = 2**19  # multiplications in float32: with fewer, F.linear is done before oneDNN has begun
+LEAST_SIDE = 64  # of a float32 weight: narrower ones, as of adapters, the BLAS multiplies faster
 ROWS = 8  # oneDNN's order is chosen for so many
 packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights to (state, sum, the weight in oneDNN's order)
 
@@ -26,8 +27,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def add_linear(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Adds linear(x, weight) to y (B, R, out), in place; in one operation, where oneDNN's two are not faster."""
-    in_order = _in_order(x, weight) if x.dtype == torch.bfloat16 else None
+    """Adds linear(x, weight) to y (B, R, out), in place; in one operation, unless oneDNN has the product."""
+    in_order = _in_order(x, weight)
     if in_order is None:
         y.baddbmm_(x, weight.T.to(x.dtype).expand(len(x), -1, -1))  # autocast has another dtype
     else:
@@ -45,7 +46,7 @@ def bfloat16_pays() -> bool:
 
 
 def pack(weights: Iterable[torch.Tensor]) -> None:
-    """Stores matrices (out, in) once more, in oneDNN's order: those on a CPU in float32, and in bfloat16 if it pays.
+    """Stores matrices (out, in) once more, in oneDNN's order: those on a CPU in float32 or bfloat16, if it pays.
 
     A matrix that has changed since is stored anew. `linear` notices a change by itself, but for one through `.data` or
     of an inference tensor.
@@ -54,7 +55,8 @@ def pack(weights: Iterable[torch.Tensor]) -> None:
         return
     dtypes = [torch.float32] + [torch.bfloat16] * bfloat16_pays()
     for weight in weights:
-        if not weight.is_cpu or weight.dtype not in dtypes:
+        narrow = weight.dtype == torch.float32 and min(weight.shape) < LEAST_SIDE
+        if narrow or not weight.is_cpu or weight.dtype not in dtypes:
             packed.pop(weight, None)
             continue
         now = _state(weight), weight.sum(1).sum(dtype=torch.float64).item()  # a sum in bfloat16 notices little

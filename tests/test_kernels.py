@@ -110,7 +110,8 @@ def test_a_weight_that_left_for_another_dtype_is_dropped(layer):
 
 @needs_onednn
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_is_packed_is_what_passes_multiply_by(tied):
+def test_what_is_packed_is_what_passes_multiply_by(tied, monkeypatch):
+    monkeypatch.setattr(kernels, "LEAST_SIDE", 1)
     model = random_lively_model(seed=3, tied=tied, llama=True, lora_rank=2, n_draft=8).float()
     Engine(model, Fused(2))
     names = {name for name, weight in model.named_parameters() if weight in kernels.packed}
@@ -123,6 +124,14 @@ def test_gradients_go_through_a_packed_weight(layer):
     kernels.pack([layer.weight])
     kernels.linear(torch.randn(4, 192), layer.weight, layer.bias).sum().backward()
     assert layer.weight.grad.abs().sum() > 0
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(16, 576), (3072, 16)])
+def test_adapters_in_float32_are_left_to_the_blas(shape):
+    weight = torch.randn(shape)
+    kernels.pack([weight])
+    assert weight not in kernels.packed
 
 
 def test_other_dtypes_are_not_packed(layer):
