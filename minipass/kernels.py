@@ -7,17 +7,28 @@ oneDNN's product as well, but brings the weight into some order at each call.
 """
 
 import timeit
+import weakref
 from collections.abc import Iterable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
 LEAST_PRODUCTS = 2**19  # multiplications in float32: with fewer, F.linear is done before oneDNN has begun
 LEAST_SIDE = 64  # of a float32 weight: narrower ones, as of adapters, the BLAS multiplies faster
 ROWS = 8  # oneDNN's order is chosen for so many
-packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights to (state, sum, the weight in oneDNN's order)
+
+
+class Packed(NamedTuple):
+    """A weight in oneDNN's order, and the state and the sum that it had when it was stored."""
+
+    in_order: torch.Tensor
+    state: tuple
+    total: float
+
+
+packed: dict[int, Packed] = {}  # by the id of the weight, as long as it lives; PyTorch's weak dictionaries are slow
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -57,11 +68,14 @@ def pack(weights: Iterable[torch.Tensor]) -> None:
     for weight in weights:
         narrow = weight.dtype == torch.float32 and min(weight.shape) < LEAST_SIDE
         if narrow or not weight.is_cpu or weight.dtype not in dtypes:
-            packed.pop(weight, None)
+            packed.pop(id(weight), None)
             continue
         now = _state(weight), weight.sum(1).sum(dtype=torch.float64).item()  # a sum in bfloat16 notices little
-        if packed.get(weight, (None, None, None))[:2] != now:
-            packed[weight] = *now, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        stored = packed.get(id(weight))
+        if stored is None or (stored.state, stored.total) != now:
+            packed[id(weight)] = Packed(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS), *now)
+        if stored is None:
+            weakref.finalize(weight, packed.pop, id(weight), None)
 
 
 @cache
@@ -85,11 +99,11 @@ def _in_order(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     few = x.dtype == torch.float32 and x.numel() * len(weight) < LEAST_PRODUCTS
     if few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
-    state, _, in_order = packed.get(weight, (None, None, None))
-    if state is None or state != _state(weight):
+    stored = packed.get(id(weight))
+    if stored is None or stored.state != _state(weight):
         return None
     one_row = x.dtype == torch.float32 and x.numel() == weight.shape[1]
-    return None if one_row and not one_row_pays() else in_order
+    return None if one_row and not one_row_pays() else stored.in_order
 
 
 def _state(weight: torch.Tensor) -> tuple:

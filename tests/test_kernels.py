@@ -1,5 +1,7 @@
 """Matrix products in oneDNN's order: the same numbers, and never those of a weight that has changed since."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,7 @@ def layer(monkeypatch) -> torch.nn.Linear:
 def test_a_packed_weight_gives_the_same_products(layer, shape):
     x = torch.randn(shape)
     kernels.pack([layer.weight])
-    assert layer.weight in kernels.packed
+    assert id(layer.weight) in kernels.packed
     with torch.inference_mode():
         torch.testing.assert_close(kernels.linear(x, layer.weight, layer.bias), layer(x), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(kernels.linear(x, layer.weight), F.linear(x, layer.weight), rtol=1e-4, atol=1e-4)
@@ -36,8 +38,8 @@ def test_a_packed_weight_gives_the_same_products(layer, shape):
 def test_small_products_are_left_to_the_blas(layer, monkeypatch):
     kernels.pack([layer.weight])
     monkeypatch.setattr(kernels, "LEAST_PRODUCTS", 3 * layer.weight.numel())
-    state, total, _ = kernels.packed[layer.weight]
-    kernels.packed[layer.weight] = state, total, torch.zeros_like(layer.weight)  # is seen where it is used
+    stored = kernels.packed[id(layer.weight)]  # zeros in its place are seen where it is used
+    kernels.packed[id(layer.weight)] = stored._replace(in_order=torch.zeros_like(layer.weight))
     with torch.inference_mode():
         assert [kernels.linear(torch.randn(n, 192), layer.weight).any().item() for n in (2, 3)] == [True, False]
 
@@ -47,8 +49,8 @@ def test_small_products_are_left_to_the_blas(layer, monkeypatch):
 def test_one_row_is_left_to_the_blas_where_that_is_faster(layer, monkeypatch, pays):
     kernels.pack([layer.weight])
     monkeypatch.setattr(kernels, "one_row_pays", lambda: pays)
-    state, total, _ = kernels.packed[layer.weight]
-    kernels.packed[layer.weight] = state, total, torch.zeros_like(layer.weight)  # is seen where it is used
+    stored = kernels.packed[id(layer.weight)]  # zeros in its place are seen where it is used
+    kernels.packed[id(layer.weight)] = stored._replace(in_order=torch.zeros_like(layer.weight))
     with torch.inference_mode():
         assert [kernels.linear(torch.randn(n, 192), layer.weight).any().item() for n in (1, 2)] == [not pays, False]
 
@@ -72,9 +74,9 @@ def test_a_weight_that_changed_is_not_used_in_its_old_order(layer):
     with torch.no_grad():
         layer.weight.mul_(2)
         assert torch.equal(kernels.linear(x, layer.weight, layer.bias), layer(x))
-        old = kernels.packed[layer.weight][2]
+        old = kernels.packed[id(layer.weight)].in_order
         kernels.pack([layer.weight])
-        assert kernels.packed[layer.weight][2] is not old
+        assert kernels.packed[id(layer.weight)].in_order is not old
         torch.testing.assert_close(kernels.linear(x, layer.weight, layer.bias), layer(x), rtol=1e-4, atol=1e-4)
 
 
@@ -95,17 +97,30 @@ def test_in_bfloat16_too_small_changes_through_data_are_noticed(layer):
     weight = layer.bfloat16().weight
     for row in range(100):
         kernels.pack([weight])
-        old = kernels.packed[weight][2]
+        old = kernels.packed[id(weight)].in_order
         weight.data[row].mul_(2)
         kernels.pack([weight])
-        assert kernels.packed[weight][2] is not old
+        assert kernels.packed[id(weight)].in_order is not old
 
 
 @needs_onednn
 def test_a_weight_that_left_for_another_dtype_is_dropped(layer):
     kernels.pack([layer.weight])
     kernels.pack([layer.double().weight])
-    assert layer.weight not in kernels.packed
+    assert id(layer.weight) not in kernels.packed
+
+
+@needs_onednn
+def test_what_is_packed_goes_with_its_weight():
+    """Another weight may get the number of one that is no more, and must not get its products."""
+    weight = torch.randn(192, 320)
+    kernels.pack([weight])
+    kernels.pack([weight.mul_(2)])  # the entry that this replaces must not take the new one with it
+    key = id(weight)
+    assert key in kernels.packed
+    del weight
+    gc.collect()
+    assert key not in kernels.packed
 
 
 @needs_onednn
@@ -114,7 +129,7 @@ def test_what_is_packed_is_what_passes_multiply_by(tied, monkeypatch):
     monkeypatch.setattr(kernels, "LEAST_SIDE", 1)
     model = random_lively_model(seed=3, tied=tied, llama=True, lora_rank=2, n_draft=8).float()
     Engine(model, Fused(2))
-    names = {name for name, weight in model.named_parameters() if weight in kernels.packed}
+    names = {name for name, weight in model.named_parameters() if id(weight) in kernels.packed}
     matrices = {name for name, weight in model.named_parameters() if weight.dim() == 2}
     assert names == matrices - {"lookahead"} - (set() if tied else {"wte.weight"})
 
@@ -131,14 +146,14 @@ def test_gradients_go_through_a_packed_weight(layer):
 def test_adapters_in_float32_are_left_to_the_blas(shape):
     weight = torch.randn(shape)
     kernels.pack([weight])
-    assert weight not in kernels.packed
+    assert id(weight) not in kernels.packed
 
 
 def test_other_dtypes_are_not_packed(layer):
     for dtype in (torch.float64, torch.float16):
         other = layer.to(dtype)
         kernels.pack([other.weight])
-        assert other.weight not in kernels.packed
+        assert id(other.weight) not in kernels.packed
 
 
 @needs_bfloat16
@@ -146,7 +161,7 @@ def test_other_dtypes_are_not_packed(layer):
 def test_in_bfloat16_products_of_any_size_are_the_same(layer, shape):
     layer, x = layer.bfloat16(), torch.randn(shape).bfloat16()
     kernels.pack([layer.weight])
-    assert layer.weight in kernels.packed
+    assert id(layer.weight) in kernels.packed
     with torch.inference_mode():
         torch.testing.assert_close(kernels.linear(x, layer.weight, layer.bias), layer(x))
 
@@ -167,7 +182,7 @@ def test_products_are_added_to_the_last_rows(layer, dtype, n_rows):
             tolerance = 1e-4 if dtype == torch.float32 else 0.02
             torch.testing.assert_close(made.double(), wanted, rtol=tolerance, atol=tolerance)
             kernels.pack([weight])
-    assert weight in kernels.packed
+    assert id(weight) in kernels.packed
 
 
 @needs_onednn
@@ -195,7 +210,7 @@ def test_under_autocast_an_adapter_of_a_packed_base_can_be_validated(monkeypatch
 def test_without_onednn_nothing_is_packed(layer, monkeypatch):
     monkeypatch.setattr(kernels, "available", lambda: False)
     kernels.pack([layer.weight])
-    assert layer.weight not in kernels.packed
+    assert id(layer.weight) not in kernels.packed
 
 
 @needs_onednn
@@ -207,7 +222,7 @@ def test_a_packed_model_writes_the_same_text(llama, monkeypatch):
     before = Engine(model.double(), Plain()).generate(prompt, 25).tokens
     model = model.float()
     after = [Engine(model, method).generate(prompt, 25).tokens for method in (Plain(), Fused(3))]
-    assert model.h[0].mlp.c_fc.weight in kernels.packed
+    assert id(model.h[0].mlp.c_fc.weight) in kernels.packed
     assert after == [before, before]
 
 
