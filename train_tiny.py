@@ -9,6 +9,7 @@ So `torchrun --nproc_per_node N train_tiny.py ...` takes the same steps, and eac
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -28,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
@@ -72,6 +72,7 @@ POSITIVE += "eval_every eval_windows save_every".split()
 LARGEST = 1e30  # of these options: a float32 holds little more
 MINUTES = 10.0  # of a run without --steps and --minutes
 VALIDATIONS = 6  # in a run at least
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 LONGEST_WINDOW = 1024  # of a text in training, unless --window says so
 MATRICES = ("h.", "draft_head.")  # where the parameters for Muon are
 HEAD_LR, LORA_LR = 0.2, 0.5  # of the table's, in the lookahead stage
@@ -254,15 +255,17 @@ def described(entry: dict) -> str:
     return f"{line}, acceptance {accepted} ({entry['constant_acceptance']:.2f} by knowing nothing)"
 
 
-class TrainingPass(torch.nn.Module):
-    """losses.training_pass as a module, because DistributedDataParallel wraps modules."""
+def keep_freed_memory() -> None:
+    """Tells glibc to use again what a step has freed, and not to give it back to the system.
 
-    def __init__(self, model: GPT, *, frozen: bool) -> None:
-        super().__init__()
-        self.model, self.frozen = model, frozen
-
-    def forward(self, text: torch.Tensor, cuts: np.ndarray, n_lookahead: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return losses.training_pass(self.model, text, cuts, n_lookahead, frozen=self.frozen)
+    With a large vocabulary the logits of a step take hundreds of megabytes. To map these anew, page by page, took half
+    of a step's time on a CPU.
+    """
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def join_processes(device_name: str) -> tuple[torch.device, int, int]:
@@ -368,11 +371,11 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 def whole_loss(
-    network: torch.nn.Module, windows: torch.Tensor, cuts: np.ndarray, n_lookahead: int, kind: str, args
+    model: GPT, windows: torch.Tensor, cuts: np.ndarray, n_lookahead: int, kind: str, args: argparse.Namespace
 ) -> torch.Tensor:
     """The stage's loss: the next token's, the look-ahead rows', or the sum with --lookahead-weight."""
     text, targets = windows[:, :-1], windows[:, 1:]
-    text_logits, draft_logits = network(text, cuts, n_lookahead)
+    text_logits, draft_logits = losses.training_pass(model, text, cuts, n_lookahead, frozen=args.stage == "lookahead")
     if args.stage == "base":
         return losses.next_token_loss(text_logits, targets)
     by_position = losses.lookahead_loss(kind, draft_logits, text_logits, targets, cuts)  # (n_lookahead,)
@@ -524,12 +527,9 @@ class Trainer:
         Raises InputError when loss or weights are no longer finite.
         """
         args = self.args
-        network = TrainingPass(self.model, frozen=args.stage == "lookahead")
         if args.checkpoint_activations:
             for block in self.model.h:
                 block.forward = partial(recompute, block.forward, use_reentrant=False)
-        if self.world > 1:
-            network = DistributedDataParallel(network)
         bar = tqdm(
             total=args.steps,
             initial=self.step,
@@ -547,7 +547,7 @@ class Trainer:
                 if before >= 1 or stop:  # between steps, never within one
                     break
                 kind = args.loss if args.loss != "kl-tv" else ("kl" if before < 0.75 else "tv")
-                (loss,) = self.mean(self.take_step(network, kind))
+                (loss,) = self.mean(self.take_step(kind))
                 self.seconds += time.monotonic() - began
                 began = time.monotonic()
                 entry = {"step": self.step, "loss": loss, "kind": kind}
@@ -571,7 +571,7 @@ class Trainer:
             with heedless():
                 bar.close()
 
-    def take_step(self, network: torch.nn.Module, kind: str) -> float:
+    def take_step(self, kind: str) -> float:
         """One optimiser step on this process's share of the batch; returns the loss of that share."""
         args, optimizers = self.args, self.optimizers
         batch, cuts, n_lookahead = draw_batch(self.train_tokens, self.model.config, args, self.step)
@@ -579,13 +579,13 @@ class Trainer:
         for part in range(args.accumulate):
             first = (self.rank * args.accumulate + part) * self.share
             mine = slice(first, first + self.share)
-            waits = self.world > 1 and part < args.accumulate - 1  # gradients are exchanged once, after the last part
-            with network.no_sync() if waits else nullcontext():
-                with self.autocast:
-                    loss = whole_loss(network, batch[mine].to(self.device), cuts[mine], n_lookahead, kind, args)
-                loss = loss / args.accumulate
-                self.scaler.scale(loss).backward()
+            with self.autocast:
+                loss = whole_loss(self.model, batch[mine].to(self.device), cuts[mine], n_lookahead, kind, args)
+            loss = loss / args.accumulate
+            self.scaler.scale(loss).backward()
             step_loss += loss.detach()
+        if self.world > 1:
+            self.average_gradients()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group.get("scale", 1.0) * learning_rate(args.lr, self.step, self.progress(), args.decay)
@@ -594,6 +594,18 @@ class Trainer:
         self.scaler.update()
         self.step += 1
         return step_loss.item()
+
+    def average_gradients(self) -> None:
+        """Gives all processes the mean of their gradients, in one exchange.
+
+        DistributedDataParallel does so while it computes, but its threads can outlive the process group and then end a
+        finished process by an abort.
+        """
+        gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
+        shared = torch.cat([each.flatten() for each in gradients])
+        dist.all_reduce(shared)
+        for own, mean in zip(gradients, (shared / self.world).split([each.numel() for each in gradients]), strict=True):
+            own.copy_(mean.view_as(own))
 
     def validate(self) -> dict:
         """The figures of losses.evaluate on held-out text, with the loss under the name `heldout_loss`."""
@@ -608,6 +620,7 @@ class Trainer:
 
 def main() -> None:
     args = parse_arguments()
+    keep_freed_memory()
     device, rank, world = join_processes(args.device)
     if rank:  # the first process makes model and corpus ready and saves them; the others go on from there
         try:
