@@ -181,7 +181,7 @@ class Matrix(nn.Linear):
     def forward(self, x: torch.Tensor, n_lookahead: int = 0) -> torch.Tensor:
         """(B, R, in_features) to (B, R, out_features); the last n_lookahead rows are look-ahead rows."""
         y = linear(x, self.weight, self.bias)
-        if self.down is not None and n_lookahead:
+        if n_lookahead and self.down is not None:
             add_linear(y[:, -n_lookahead:], linear(x[:, -n_lookahead:], self.down), self.up)
         return y
 
