@@ -111,8 +111,8 @@ def parse_arguments() -> argparse.Namespace:
         "position before it (default: %(default)s)")
     add("--head", default="mlp", choices=("mlp", "none"), help="mlp: a draft head, which knows the token before each "
         "draft; none: no draft head, as in the paper (default: %(default)s)")
-    add("--lora-rank", type=int, help="lookahead: rank of the gated adapters of the base's matrices, which act on "
-        "look-ahead rows alone (default: as in --adapters, else 0, none)")
+    add("--lora-rank", type=int, help="lookahead: rank of the gated adapters of the base's attention and MLPs, "
+        "which act on look-ahead rows alone (default: as in --adapters, else 0, none)")
     add("--window", type=int, help=f"tokens of text in a window (default: context window, at most {LONGEST_WINDOW})")
     add("--groups", type=int, default=16, help="look-ahead groups in each window; of shorter groups more, so that "
         "there are as many rows (default: %(default)s)")

@@ -202,7 +202,7 @@ class Attention(nn.Module):
         self.n_head, self.kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_width
         n_heads = config.n_head + 2 * config.kv_heads
         self.c_attn = Matrix(config.n_embd, n_heads * self.head_dim, bias=not config.llama)
-        self.c_proj = Matrix(config.n_head * self.head_dim, config.n_embd, bias=not config.llama)
+        self.c_proj = nn.Linear(config.n_head * self.head_dim, config.n_embd, bias=not config.llama)
 
     def forward(self, x: torch.Tensor, this: Pass, store: Callable | None) -> torch.Tensor:
         """x: (B, R, n_embd). store: writes the rows' keys and values and returns all. Returns (B, R, n_embd)."""
@@ -221,7 +221,7 @@ class Attention(nn.Module):
             rows = q.unflatten(2, (self.kv_heads, -1)).transpose(1, 2).flatten(2, 3)  # (B, H', R x H / H', hd)
             y = F.scaled_dot_product_attention(rows, k, v, attn_mask=this.mask)
             y = y.unflatten(2, (x.shape[1], -1)).flatten(3)
-        return self.c_proj(y.transpose(1, 2).flatten(2), this.n_lookahead)
+        return linear(y.transpose(1, 2).flatten(2), self.c_proj.weight, self.c_proj.bias)
 
 
 def rotary(position: torch.Tensor, config: GPTConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,7 +249,7 @@ class MLP(nn.Module):
         super().__init__()
         self.llama, n_inner = config.llama, config.inner_width
         self.c_fc = Matrix(config.n_embd, 2 * n_inner if config.llama else n_inner, bias=not config.llama)
-        self.c_proj = Matrix(n_inner, config.n_embd, bias=not config.llama)
+        self.c_proj = nn.Linear(n_inner, config.n_embd, bias=not config.llama)
 
     def forward(self, x: torch.Tensor, n_lookahead: int) -> torch.Tensor:
         """(B, R, n_embd) to (B, R, n_embd)."""
@@ -259,7 +259,7 @@ class MLP(nn.Module):
             x = F.silu(gate) * value
         else:
             x = F.gelu(x, approximate="tanh")
-        return self.c_proj(x, n_lookahead)
+        return linear(x, self.c_proj.weight, self.c_proj.bias)
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -347,7 +347,9 @@ class GPT(nn.Module):
         self.draft_head = DraftHead(self.config).to(self.wte.weight) if n_draft else None
 
     def new_adapters(self, rank: int) -> None:
-        """Gives each matrix of the blocks a new adapter, which changes nothing yet, or with rank 0 none.
+        """Gives the first matrix of each attention and MLP a new adapter, which changes nothing yet; rank 0: none.
+
+        Adapters on the second ones, too, accept little more (docs/own-model.md) and take as much time again.
 
         Raises InputError if rank < 0.
         """

@@ -354,6 +354,13 @@ def test_lookahead_rows_with_adapters_are_the_layout_by_the_book(layout):
 
 @torch.no_grad()
 @each_layout
+def test_adapters_are_on_the_first_matrix_of_each_attention_and_mlp(layout):
+    model = random_model(seed=3, lora_rank=2, **LAYOUTS[layout])
+    ups = {name for name, _ in model.named_parameters() if name.endswith(".up")}
+    assert ups == {f"h.{i}.{part}.up" for i in range(model.config.n_layer) for part in ("attn.c_attn", "mlp.c_fc")}
+
+
+@each_layout
 def test_new_adapters_change_nothing_yet(layout):
     before = random_model(seed=1, **LAYOUTS[layout])
     after = copy.deepcopy(before)
@@ -519,8 +526,8 @@ def assert_nothing_wrong_is_kept(keeping: Engine, prompts: list[list[int]]) -> N
 
 
 def test_the_last_text_of_a_batch_is_not_taken_for_the_first(talker):
-    keeping, prompts = Engine(talker, Fused(2), keep_cache=True), [[5, 1], [1, 2, 3, 4, 5, 6, 7, 8]]
-    texts = keeping.generate(prompts, 30, stop_token=8).tokens
+    keeping, prompts = Engine(talker, Fused(2), keep_cache=True), [[6, 1], [1, 2, 3, 4, 5, 6, 7, 8]]
+    texts = keeping.generate(prompts, 30, stop_token=5).tokens
     assert len(texts[0]) < 14 and len(texts[1]) == 30, "the second's window moves, and it is alone by then"
     assert_nothing_wrong_is_kept(keeping, [prompts[0] + texts[0]])
 
