@@ -352,7 +352,6 @@ def test_lookahead_rows_with_adapters_are_the_layout_by_the_book(layout):
     torch.testing.assert_close(logits, slow_logits(adapted, ids.tolist(), 4), rtol=0, atol=1e-9)
 
 
-@torch.no_grad()
 @each_layout
 def test_adapters_are_on_the_first_matrix_of_each_attention_and_mlp(layout):
     model = random_model(seed=3, lora_rank=2, **LAYOUTS[layout])
@@ -360,6 +359,7 @@ def test_adapters_are_on_the_first_matrix_of_each_attention_and_mlp(layout):
     assert ups == {f"h.{i}.{part}.up" for i in range(model.config.n_layer) for part in ("attn.c_attn", "mlp.c_fc")}
 
 
+@torch.no_grad()
 @each_layout
 def test_new_adapters_change_nothing_yet(layout):
     before = random_model(seed=1, **LAYOUTS[layout])
