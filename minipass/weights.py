@@ -186,10 +186,7 @@ def load_adapters(model: GPT, file: str | Path) -> dict[str, Any]:
     if base is not None and base != fingerprint(model):
         raise InputError(f"{file} was trained for another model")
     _set_drafting(model, checked(tensors, file), file)
-    record = read(Path(file), lambda _: json.loads(metadata.get("record", "{}")))
-    if not isinstance(record, dict) or not isinstance(record.get("rank_accuracy", []), list):
-        raise InputError(f"{file} has a training record of another kind")
-    return record
+    return _record(read(Path(file), lambda _: json.loads(metadata.get("record", "{}"))), file)
 
 
 def save_adapters(
@@ -249,14 +246,19 @@ def _read_checkpoint(path: Path | str) -> Checkpoint:
             _set_drafting(model, checked(content["weights"], path), path)
             if model.config != config or content.get("fingerprint") not in (None, fingerprint(model)):
                 raise TypeError(f"{base} is another model now")
-        record, training = content.get("record") or {}, content.get("training")
-        if not isinstance(record, dict) or not isinstance(training, dict | None):
-            raise TypeError("its training record is not a dictionary")
-        if "hits" in record:  # its name in older files
-            record["rank_accuracy"] = record.pop("hits")
-        if not isinstance(record.get("rank_accuracy", []), list):
-            raise TypeError("its accuracy of drafts is not a list")
+        record, training = _record(content.get("record") or {}, path), content.get("training")
+        if not isinstance(training, dict | None):
+            raise TypeError("what --resume needs is not a dictionary")
     return Checkpoint(model, encoding, record, training, theirs.chat_template if theirs else None)
+
+
+def _record(record: Any, file: str | Path) -> dict[str, Any]:
+    """The record of a training, as a file gives it. Raises InputError when it is of another kind."""
+    if isinstance(record, dict) and "hits" in record:  # its name in older files
+        record["rank_accuracy"] = record.pop("hits")
+    if not isinstance(record, dict) or not isinstance(record.get("rank_accuracy", []), list):
+        raise InputError(f"{file} has a training record of another kind")
+    return record
 
 
 def _unpickled(file: Path) -> Any:

@@ -239,6 +239,16 @@ def test_a_runs_folder_stands_for_its_model(call, tiny_checkpoint, tmp_path):  #
     assert is_pretrained(tmp_path / "exported")
 
 
+def test_an_export_does_not_overwrite_another_model(call, tiny_checkpoint, tmp_path):  # noqa: F811
+    folder = tmp_path / "folder"
+    weights.save_pretrained(GPT(GPTConfig(257, 40, 1, 2, 16, 3)), folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    refused = call(export, tiny_checkpoint, folder)
+    assert_one_sentence(refused)
+    assert "already holds a model" in refused.err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 # Streams.
 
 

@@ -1,10 +1,12 @@
 """`python -m minipass.extras.export CHECKPOINT FOLDER` writes a checkpoint as a folder that Transformers opens."""
 
 import argparse
+import os
 from pathlib import Path
 
 from minipass import pretrained, weights
 from minipass.cli import run_script
+from minipass.errors import InputError
 
 
 def main() -> None:
@@ -12,8 +14,10 @@ def main() -> None:
         prog="python -m minipass.extras.export", description="Writes a checkpoint as a folder that Transformers opens."
     )
     parser.add_argument("checkpoint", help="a checkpoint, as in sample.py --checkpoint")
-    parser.add_argument("folder", type=Path, help="the folder to write")
+    parser.add_argument("folder", type=Path, help="the folder to write; it must not hold a model yet")
     args = parser.parse_args()
+    if os.path.exists(args.folder / pretrained.CONFIG):
+        raise InputError(f"{args.folder} already holds a model: name another folder")
     loaded = weights.load(args.checkpoint)
     weights.save_pretrained(loaded.model, args.folder, loaded.record)
     n_lookahead, width = loaded.model.lookahead.shape
