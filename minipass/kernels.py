@@ -70,7 +70,8 @@ def pack(weights: Iterable[torch.Tensor]) -> None:
         if narrow or not weight.is_cpu or weight.dtype not in dtypes:
             packed.pop(id(weight), None)
             continue
-        now = _state(weight), weight.sum(1).sum(dtype=torch.float64).item()  # a sum in bfloat16 notices little
+        rows = weight.sum(1, dtype=torch.float32)  # in bfloat16 they would hide most changes
+        now = _state(weight), rows.sum(dtype=torch.float64).item()
         stored = packed.get(id(weight))
         if stored is None or (stored.state, stored.total) != now:
             packed[id(weight)] = Packed(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS), *now)

@@ -170,7 +170,14 @@ class Pass(NamedTuple):
     n_lookahead: int
 
 
-class Matrix(nn.Linear):
+class Linear(nn.Linear):
+    """nn.Linear, on a CPU with the products of kernels.py."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Matrix(Linear):
     """A linear layer that can have a gated adapter (LoRA, arXiv 2106.09685), which acts on look-ahead rows alone (as in
     arXiv 2507.11851). Real rows never see look-ahead rows, so the target distribution stays the same, bit for bit."""
 
@@ -180,7 +187,7 @@ class Matrix(nn.Linear):
 
     def forward(self, x: torch.Tensor, n_lookahead: int = 0) -> torch.Tensor:
         """(B, R, in_features) to (B, R, out_features); the last n_lookahead rows are look-ahead rows."""
-        y = linear(x, self.weight, self.bias)
+        y = super().forward(x)
         if n_lookahead and self.down is not None:
             add_linear(y[:, -n_lookahead:], linear(x[:, -n_lookahead:], self.down), self.up)
         return y
@@ -202,7 +209,7 @@ class Attention(nn.Module):
         self.n_head, self.kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_width
         n_heads = config.n_head + 2 * config.kv_heads
         self.c_attn = Matrix(config.n_embd, n_heads * self.head_dim, bias=not config.llama)
-        self.c_proj = nn.Linear(config.n_head * self.head_dim, config.n_embd, bias=not config.llama)
+        self.c_proj = Linear(config.n_head * self.head_dim, config.n_embd, bias=not config.llama)
 
     def forward(self, x: torch.Tensor, this: Pass, store: Callable | None) -> torch.Tensor:
         """x: (B, R, n_embd). store: writes the rows' keys and values and returns all. Returns (B, R, n_embd)."""
@@ -221,7 +228,7 @@ class Attention(nn.Module):
             rows = q.unflatten(2, (self.kv_heads, -1)).transpose(1, 2).flatten(2, 3)  # (B, H', R x H / H', hd)
             y = F.scaled_dot_product_attention(rows, k, v, attn_mask=this.mask)
             y = y.unflatten(2, (x.shape[1], -1)).flatten(3)
-        return linear(y.transpose(1, 2).flatten(2), self.c_proj.weight, self.c_proj.bias)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 def rotary(position: torch.Tensor, config: GPTConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,7 +256,7 @@ class MLP(nn.Module):
         super().__init__()
         self.llama, n_inner = config.llama, config.inner_width
         self.c_fc = Matrix(config.n_embd, 2 * n_inner if config.llama else n_inner, bias=not config.llama)
-        self.c_proj = nn.Linear(n_inner, config.n_embd, bias=not config.llama)
+        self.c_proj = Linear(n_inner, config.n_embd, bias=not config.llama)
 
     def forward(self, x: torch.Tensor, n_lookahead: int) -> torch.Tensor:
         """(B, R, n_embd) to (B, R, n_embd)."""
@@ -259,7 +266,7 @@ class MLP(nn.Module):
             x = F.silu(gate) * value
         else:
             x = F.gelu(x, approximate="tanh")
-        return linear(x, self.c_proj.weight, self.c_proj.bias)
+        return self.c_proj(x)
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -289,15 +296,15 @@ class DraftHead(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(2 * config.n_embd, config.n_draft)
-        self.c_proj = nn.Linear(config.n_draft, config.n_embd)
+        self.c_fc = Linear(2 * config.n_embd, config.n_draft)
+        self.c_proj = Linear(config.n_draft, config.n_embd)
         nn.init.zeros_(self.c_proj.weight)
         nn.init.zeros_(self.c_proj.bias)
 
     def forward(self, hidden: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """Hidden states after the final norm and embeddings of the tokens before, (..., n_embd), to hidden states."""
-        inner = linear(torch.cat([hidden, before], dim=-1), self.c_fc.weight, self.c_fc.bias)
-        return hidden + linear(F.gelu(inner, approximate="tanh"), self.c_proj.weight, self.c_proj.bias)
+        inner = self.c_fc(torch.cat([hidden, before], dim=-1))
+        return hidden + self.c_proj(F.gelu(inner, approximate="tanh"))
 
 
 class GPT(nn.Module):

@@ -13,7 +13,6 @@ from minipass.model import GPTConfig
 from minipass.trees import Shape
 
 SAMPLED, ACCEPTED, CORRECTED, BONUS = "sampled", "accepted", "corrected", "bonus"
-TARGET_MODEL, DRAFTER = 0, 1  # the models of a pass
 NOT_FINITE = -1  # instead of a token
 Prompts = Sequence[int] | Sequence[Sequence[int]]
 StopTokens = int | Collection[int] | None
@@ -28,7 +27,7 @@ class Turn:
     rejected), BONUS (drawn after all drafts on the path were accepted) or SAMPLED (drawn when no draft was tested).
     n_tested, n_accepted: how many drafts in a row could have been emitted, and how many were, up to the text's end.
     active: whether the text had not ended when the turn began. shape: what the pass verified and drafted.
-    passes: (model, rows) of each forward pass, where the model is TARGET_MODEL or DRAFTER.
+    draft_passes: of a draft model, before the one pass of the target model.
     last: the last accepted node of the draft tree; 0 is the root.
     result: decode.Result, the turn's tensors (drafts, p, q, ...). rows: each text's row in these tensors, None for a
     text that has left the batch.
@@ -40,7 +39,7 @@ class Turn:
     n_accepted: list[int]
     active: list[bool]
     shape: Shape
-    passes: list[tuple[int, int]]
+    draft_passes: int
     last: list[int]
     result: Any = None
     rows: list[int | None] = field(default_factory=list)
@@ -64,7 +63,8 @@ class Generation:
 
     @property
     def acceptance(self) -> list[float]:
-        """By draft position, the share of the tested drafts that were accepted."""
+        """By draft position, how often all drafts up to it were accepted: its share of the turns that had a draft there
+        and room for it in the text. (`acceptance[i] / acceptance[i - 1]` is the share where all before it were.)"""
         return [accepted / tested for accepted, tested in zip(self.accepted, self.tested, strict=True)]
 
     def add(self, turn: Turn) -> None:
@@ -72,10 +72,9 @@ class Generation:
         self.tokens = self.tokens or [[] for _ in turn.tokens]
         for tokens, new in zip(self.tokens, turn.tokens, strict=True):
             tokens += new
-        models = [model for model, _ in turn.passes]
-        self.passes += models.count(TARGET_MODEL)
-        self.draft_passes += models.count(DRAFTER)
-        self.prompt_passes += models.count(TARGET_MODEL) * sum(turn.active)
+        self.passes += 1
+        self.draft_passes += turn.draft_passes
+        self.prompt_passes += sum(turn.active)
         longest = max([len(self.tested), *turn.n_tested])
         for counts, numbers in ((self.tested, turn.n_tested), (self.accepted, turn.n_accepted)):
             counts += [0] * (longest - len(counts))
@@ -104,8 +103,8 @@ class Texts:
         for prompt in prompts:
             whole(len(prompt), "the number of a prompt's tokens", 1, config.block_size)
         whole(max_new_tokens, "max_new_tokens", 1)
-        several = isinstance(stop_token, Collection) and getattr(stop_token, "ndim", 1)
-        stop_tokens = [] if stop_token is None else stop_token if several else [stop_token]
+        is_collection = isinstance(stop_token, Collection) and getattr(stop_token, "ndim", 1)
+        stop_tokens = [] if stop_token is None else stop_token if is_collection else [stop_token]
         self.stop_tokens = frozenset(whole(token, "a stop token", 0, config.vocab_size - 1) for token in stop_tokens)
         first = None if isinstance(seed, Sequence) else whole(seed, "a seed", 0, 2**63 - 1)
         seeds = seed if first is None else [first + b for b in range(len(prompts))]
@@ -147,11 +146,10 @@ class Texts:
         Raises InputError where the next token is NOT_FINITE.
         """
         n_texts, tree = len(self.texts), shape.tree
-        drafting = [(DRAFTER, 2 if i == 0 else 1) for i in range(tree.depth[-1] * (n_models - 1))]
         turn = Turn(
             tokens=[[] for _ in range(n_texts)], origins=[[] for _ in range(n_texts)], active=[False] * n_texts,
             n_tested=[0] * n_texts, n_accepted=[0] * n_texts, last=[0] * n_texts, rows=[None] * n_texts,
-            shape=shape, passes=[*drafting, (TARGET_MODEL, shape.n_rows)], result=result,
+            shape=shape, draft_passes=tree.depth[-1] * (n_models - 1), result=result,
         )  # fmt: skip
         kept = result.kept.tolist() if tree.keep else ()
         for row, (b, (n_accepted, last, next_token, *drafts)) in enumerate(zip(self.rows, made, strict=True)):

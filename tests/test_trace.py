@@ -79,7 +79,7 @@ def made_turn(drafts: list[int], n_accepted: int, next_token: int, q: Distributi
         n_accepted=[n_accepted],
         active=[True],
         shape=Shape(chain(len(drafts))),
-        passes=[(0, 1 + len(drafts))],
+        draft_passes=0,
         last=[n_accepted],
         result=result,
         rows=[0],

@@ -117,7 +117,7 @@ class Trace:
                 tokens=turn.tokens[b],
                 origins=turn.origins[b],
                 shape=turn.shape,
-                n_draft_passes=len(turn.passes) - 1,
+                n_draft_passes=turn.draft_passes,
                 drafts=drafts,
                 n_accepted=turn.n_accepted[b],
                 source=source,
