@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 
 from minipass import graphs
-from minipass.cli import choose_device, choose_dtype, run_script
+from minipass.cli import choose_device, choose_dtype, dtype_name, run_script
 from minipass.data import BUILT_IN
 from minipass.errors import InputError
 from minipass.extras.benchmark.experiments import DEFAULTS, EXPERIMENTS, overview
@@ -86,7 +86,7 @@ def setting(bench: Bench) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else [*names, platform.machine()][0]
     return (
         f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{str(dtype).removeprefix('torch.')}, seed {bench.options.seed}, commit {commit()}"
+        f"{dtype_name(dtype)}, seed {bench.options.seed}, commit {commit()}"
     )
 
 

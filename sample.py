@@ -24,11 +24,13 @@ from minipass import weights
 from minipass.api import DEFAULT_LOOKAHEAD, DEFAULT_LOOKUP, DEFAULT_TREE, make_method
 from minipass.auto import MOST_AUTO_LOOKAHEAD, AdaptiveTree, Auto, best_tree, likeliest_tree, turn_seconds
 from minipass.chat import encode_chat
-from minipass.cli import choose_device, choose_dtype, run_script
+from minipass.cli import choose_device, choose_dtype, dtype_name, run_script
 from minipass.decode import Plain
 from minipass.engine import Engine
 from minipass.errors import InputError
 from minipass.extras.trace import Trace
+from minipass.extras.trace_page import TITLE
+from minipass.files import check_replaceable
 from minipass.sampling import COUPLED, REJECTION, RULES, Sampling
 from minipass.texts import ACCEPTED, BONUS, CORRECTED, Generation, Turn
 from minipass.tokenizer import encode_bytes, stop_tokens
@@ -45,6 +47,7 @@ DEFAULT_PROMPT = '''class Stack:
 
     def push(self, item):'''  # no line end: the tokens of this text hold it together with the indentation after it
 DEFAULT_TREE_SIZE = 8
+REPEATS = 5  # of --compare
 AUTO = "auto"
 CONVERSATION = object()  # --chat without a text
 CHAT_TEMPERATURE = 0.0  # small models are right more often when they are greedy
@@ -146,6 +149,7 @@ def parse_arguments() -> argparse.Namespace:
         value = getattr(args, name)
         if isinstance(value, int) and not least <= value <= MOST_DRAFTS:
             raise InputError(f"--{name.replace('_', '-')} must lie in {least}..{MOST_DRAFTS}, not {value}")
+    args.prompt_lookup = args.prompt_lookup or None
     if args.compare and args.variant is None and not args.prompt_lookup:
         args.variant = "fused"
     for name, used, needed in (
@@ -162,6 +166,8 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError("--lookahead auto needs --pass fused or --pass tree")
     if args.trace and not args.trace.name:
         raise InputError(f"--trace must name a file, not {args.trace}")
+    if args.trace:
+        check_replaceable(args.trace, TITLE)
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2**63 - 1, not {args.seed}")
     args.method = AUTO if args.lookahead == AUTO else METHOD_OF[args.variant]
@@ -255,6 +261,10 @@ def ask(loaded: weights.Checkpoint, system: str, question: str, before: Sequence
     return encode_chat(loaded.encoding, loaded.chat_template, messages)
 
 
+def too_long(prompt: list[int], block_size: int) -> str:
+    return f"the message is too long: with the form of a conversation {len(prompt)} tokens, in a window of {block_size}"
+
+
 def converse(loaded: weights.Checkpoint, engine: Engine, args: argparse.Namespace) -> None:
     """Questions from standard input, answers to standard output, until an empty line or the end of the input.
 
@@ -280,6 +290,9 @@ def converse(loaded: weights.Checkpoint, engine: Engine, args: argparse.Namespac
         while len(prompt) + args.max_new_tokens > block_size and messages:  # forgets the oldest question and answer
             del messages[:2]
             prompt = ask(loaded, args.system, question, messages)
+        if len(prompt) > block_size:
+            print(f"sample.py: {too_long(prompt, block_size)}", file=sys.stderr)
+            continue
         result = print_text(loaded.encoding, answer_to(prompt))
         answer = loaded.encoding.decode([token for token in result.tokens[0] if token not in stop])
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -296,16 +309,14 @@ def statistics_line(result: Generation, seconds: float, coloured: bool) -> str:
     return line
 
 
-def compare(
-    engines: dict[str, Engine], turns_of: Callable[[Engine], Iterator[Turn]], may_differ: str, repeats: int = 5
-) -> None:
-    """Prints medians over `repeats` alternating runs of two engines, after a warm-up of each.
+def compare(engines: dict[str, Engine], turns_of: Callable[[Engine], Iterator[Turn]], may_differ: str) -> None:
+    """Prints medians over REPEATS alternating runs of two engines, after a warm-up of each.
 
     may_differ: why their texts may differ. If it is empty and they differ, exits with a sentence and status 1.
     """
     rates: dict[str, list[float]] = {name: [] for name in engines}
     results, methods = {}, {name: engine.method for name, engine in engines.items()}
-    for repeat in range(repeats + 1):
+    for repeat in range(REPEATS + 1):
         for name, engine in engines.items():
             engine.method = copy.deepcopy(methods[name])  # auto learns from a text: each run begins like the first
             results[name], seconds = run(turns_of(engine))
@@ -317,7 +328,7 @@ def compare(
         print(f"{name:16}{rate:10.0f}{result.tokens_per_pass:13.2f}{len(result.tokens[0]):8}{result.passes:8}")
     ratios = [new / old for old, new in zip(*rates.values(), strict=True)]
     print(
-        f"speed-up {statistics.median(ratios):.2f} (median of {repeats} pairs, {min(ratios):.2f} to {max(ratios):.2f}; "
+        f"speed-up {statistics.median(ratios):.2f} (median of {REPEATS} pairs, {min(ratios):.2f} to {max(ratios):.2f}; "
         "prefill included)"
     )
     (one,), (other,) = (result.tokens for result in results.values())
@@ -332,10 +343,6 @@ def why_texts_may_differ(method: Any, sampling: Sampling, dtype: torch.dtype) ->
     if sampling.temperature > 0 and method.rule != COUPLED:
         return f"by the rule {method.rule} it is another draw"
     return "" if dtype == torch.float64 else f"{dtype_name(dtype)} rounds differently with another number of rows"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def print_json(method: str, encoding: tiktoken.Encoding, turns: Iterator[Turn], on_turn: OnTurn) -> None:
@@ -390,7 +397,9 @@ def main() -> None:
     engine = Engine(loaded.model, method, sampling, use_graphs=args.cuda_graphs)
     prompt_ids = encode_bytes(encoding, prompt) if args.chat is None else ask(loaded, args.system, args.chat)
     n_given, block_size = len(prompt_ids), loaded.model.config.block_size
-    if args.chat is None and n_given > block_size:
+    if args.chat is not None and n_given > block_size:
+        raise InputError(too_long(prompt_ids, block_size))
+    if n_given > block_size:
         prompt_ids = prompt_ids[-max(1, block_size // 2) :]  # as of a text that outgrows the window
 
     def turns_of(engine: Engine) -> Iterator[Turn]:

@@ -140,6 +140,9 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError(f"--decay must lie in [0, 1], not {args.decay}")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2**63 - 1, not {args.seed}")
+    for name in ("init", "adapters"):
+        if getattr(args, name) == "":
+            raise InputError(f"--{name} is empty")
     if args.adapters and not args.init:
         raise InputError("--adapters needs the model that they were trained for: name it with --init")
     if args.lr is None:
@@ -275,7 +278,6 @@ def join_processes(device_name: str) -> tuple[torch.device, int, int]:
     if world > 1:
         if device.type == "cuda":
             device = choose_device(f"cuda:{local}")
-            torch.cuda.set_device(device)
         # The others wait while the first encodes the corpus, however large; torchrun ends them if one fails.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return device, rank, max(world, 1)
@@ -406,7 +408,7 @@ class Trainer:
         pretrained = args.stage == "lookahead" and args.init and is_pretrained(args.init)
         self.base = located(vars(args))["init"] if pretrained else None
         self.last = args.out / "last.pt"
-        made = self.last, args.out / weights.MODEL, args.out / weights.ADAPTERS
+        made = self.last, *(args.out / name for name in (weights.MODEL, weights.ADAPTERS, "log.jsonl", "loss.png"))
         # os.path.exists is False where Path.exists raises: for a name that is too long.
         if any(map(os.path.exists, made)) and not args.resume:
             go_on = "go on with --resume, or " if os.path.exists(self.last) else ""
@@ -454,6 +456,8 @@ class Trainer:
         length = window(config, args)
         if args.stage != "base" and length - config.n_lookahead < args.groups:
             raise InputError(f"--groups {args.groups} does not fit into a window of {length}")
+        if self.base is None:
+            weights.check_storable(self.encoding)
         for pair in zip(parts, files, strict=False):
             for documents, file in zip(*pair, strict=True):
                 encode_to_file(documents, self.encoding, file)
@@ -542,14 +546,14 @@ class Trainer:
         began = time.monotonic()
         try:
             while True:
-                self.seconds, stop = self.mean(self.seconds, bool(requests))  # the processes must agree on when to stop
+                (stop,) = self.mean(bool(requests))  # the processes must agree on when to stop
                 before = self.progress()
                 if before >= 1 or stop:  # between steps, never within one
                     break
                 kind = args.loss if args.loss != "kl-tv" else ("kl" if before < 0.75 else "tv")
-                (loss,) = self.mean(self.take_step(kind))
-                self.seconds += time.monotonic() - began
-                began = time.monotonic()
+                loss, now = self.take_step(kind), time.monotonic()
+                loss, self.seconds = self.mean(loss, self.seconds + now - began)
+                began = now
                 entry = {"step": self.step, "loss": loss, "kind": kind}
                 due = self.step % args.eval_every == 0 or int(VALIDATIONS * before) < int(VALIDATIONS * self.progress())
                 if due and math.isfinite(loss) and self.rank == 0:  # one process validates, writes and prints
@@ -652,7 +656,8 @@ def main() -> None:
         weights.save_adapters(trainer.model, result, trainer.record(), dtype=torch.bfloat16)
     else:
         weights.save(result, trainer.model, trainer.encoding, trainer.record(), dtype=torch.bfloat16)
-    print(f"wrote {result}, log.jsonl and loss.png; try: python sample.py --checkpoint {model} --pass")
+    drafting = " --pass" if trainer.model.config.n_lookahead else ""
+    print(f"wrote {result}, log.jsonl and loss.png; try: python sample.py --checkpoint {model}{drafting}")
 
 
 if __name__ == "__main__":

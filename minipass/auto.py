@@ -37,9 +37,9 @@ MOST_STEPS = 16  # in which a tree loses its look-ahead rows
 
 
 def _numbers(accuracy: Accuracy) -> Accuracy:
-    """The accuracy as plain numbers. Raises InputError unless they are finite and each depth has as many ranks."""
+    """The accuracy as plain numbers. Raises InputError unless they are finite, equally many at each depth."""
     with explained(
-        "the accuracy of drafts must be finite numbers, as many ranks for each depth", (TypeError, ValueError)
+        "the accuracy of drafts must be finite numbers, with equally many ranks at each depth", (TypeError, ValueError)
     ):
         numbers = np.array(accuracy, dtype=float)
         if numbers.ndim != 2 or not numbers.size or not np.isfinite(numbers).all():
@@ -81,7 +81,7 @@ def best_tree(accuracy: Accuracy, n_drafts: int) -> DraftTree:
 def likeliest_tree(accuracy: Accuracy, n_drafts: int) -> DraftTree:
     """A tree whose n_drafts nodes are chosen anew for each text in each turn, as those with the likeliest paths among
     SPARE times as many drafts. Drafting these costs little, verifying them would. It is as deep as best_tree's, so a
-    pass has as many rows. Raises InputError as best_tree."""
+    pass has no more rows than with that. Raises InputError as best_tree."""
     whole(n_drafts, "the number of drafts in a tree", 1, MOST_DRAFTS)
     deepest = best_tree(accuracy, n_drafts).depth[-1]
     return DraftTree(best_tree(accuracy[:deepest], min(SPARE * n_drafts, MOST_DRAFTS)).parents, keep=n_drafts)
@@ -243,7 +243,8 @@ class AdaptiveTree:
             self.tree, self.next_choice = second, self.n_turns + FIRST_CHOICE  # tries again
         else:
             self.tree = fastest
-        self.accepted, self.tested = FORGET * self.accepted, FORGET * self.tested
+        keep = np.clip(PRIOR_TESTS / self.tested, FORGET, 1)  # what is never tested keeps the weight that it had
+        self.accepted, self.tested = keep * self.accepted, keep * self.tested
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,10 @@ from collections.abc import Callable
 
 import torch
 
+from minipass import kernels
 from minipass.errors import InputError
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 SHORTAGE = re.compile("out of memory|allocate memory|size calculation overflowed")  # how torch's RuntimeErrors say it
 
 
@@ -30,6 +26,8 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"there is no device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one
     return device
 
 
@@ -39,11 +37,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            native = torch.cpu._is_avx512_bf16_supported()
+            native = kernels.bfloat16_pays()
         return torch.bfloat16 if native else torch.float32
     if name not in DTYPES:
         raise InputError(f"unknown dtype {name!r}; use auto or one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As --dtype takes it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -58,6 +58,17 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
             temporary.unlink()
 
 
+def check_replaceable(path: Path, mark: str) -> None:
+    """Before long work: raises InputError when `path` holds something else than an earlier file of ours, which has
+    `mark` near its beginning."""
+    if os.path.exists(path):
+        is_file = os.path.isfile(path)
+        with explained(f"cannot write {path}", OSError):
+            if not is_file or mark.encode() not in Path(path).read_bytes()[:4096]:
+                kind = "exists already and is another file" if is_file else "is a folder, device or pipe"
+                raise InputError(f"{path} {kind}: name another one")
+
+
 @contextmanager
 def heedless() -> Iterator[None]:
     """For output within long work, which goes on silently when nobody reads it any more, as after a `tee` has died."""

@@ -258,8 +258,6 @@ def without_numbers(config: GPTConfig) -> GPT:
 def _assemble(source: Path, config: GPTConfig, stored: dict[str, torch.Tensor]) -> GPT:
     """A model made of Transformers' tensors. Raises InputError where one is missing, left over or does not fit."""
     stored = {name: value for name, value in stored.items() if not name.endswith(BUFFERS)}
-    if not config.llama:
-        stored = {name if name == "lm_head.weight" else f"transformer.{name}": v for name, v in stored.items()}
     ((embedding,), _) = parts("wte.weight", config)
     head = stored.pop("lm_head.weight", None) if config.tied else None
     if head is not None and not torch.equal(head, stored.get(embedding, head)):
@@ -287,8 +285,9 @@ def _assemble(source: Path, config: GPTConfig, stored: dict[str, torch.Tensor]) 
 def _read_folder(folder: Path) -> GPT:
     config = _read_config(folder / CONFIG)
     stored = read_shards(folder)
-    if not config.llama:
-        stored = {name.removeprefix("transformer."): value for name, value in stored.items()}
+    if not config.llama:  # some files leave out the prefix
+        prefixes = "transformer.", "lm_head."
+        stored = {k if k.startswith(prefixes) else f"transformer.{k}": value for k, value in stored.items()}
     return _assemble(folder, config, stored)
 
 
@@ -432,9 +431,9 @@ def read_shards(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def read_tensors(file: Path, missing: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file. Raises InputError; `missing` is its sentence when there is no file."""
-    return read(file, _library("safetensors.torch").load_file, missing)
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file. Raises InputError."""
+    return read(file, _library("safetensors.torch").load_file)
 
 
 def checked(tensors: dict[str, torch.Tensor], source: str | Path) -> dict[str, torch.Tensor]:

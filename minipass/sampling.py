@@ -68,6 +68,9 @@ class Sampling:
             whole(self.top_k, "top-k", 1)
         if self.top_p is not None and (not isinstance(self.top_p, Real) or not 0 < self.top_p <= 1):
             raise InputError(f"top-p must lie in (0, 1], not {self.top_p!r}")
+        for name in ("temperature", "top_p"):  # plain floats, which tensors take
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if value is None else float(value))
 
     def distribution(self, logits: torch.Tensor, n: int = 1) -> Distribution:
         """Logits (..., V) to a distribution over K tokens: top_k of them (but at least n), likeliest first, or all V.

@@ -98,12 +98,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> list[Pair]:
     return merges
 
 
-def build_encoding(merges: Iterable[Pair], name: str = "minipass") -> tiktoken.Encoding:
+def build_encoding(merges: Iterable[Pair]) -> tiktoken.Encoding:
     """A tiktoken encoding: ids 0..255 are the bytes, 256 + i is the i-th merge, the last one END_OF_TEXT."""
     token_bytes = [bytes([byte]) for byte in range(256)]
     for left, right in merges:
         token_bytes.append(token_bytes[left] + token_bytes[right])
-    return encoding_of(token_bytes, name)
+    return encoding_of(token_bytes)
 
 
 def encoding_of(token_bytes: list[bytes], name: str = "minipass") -> tiktoken.Encoding:

@@ -29,7 +29,7 @@ class DraftTree:
     groups: (1 + N,) how many look-ahead tokens a fused pass has after each node, in case it is the last one accepted;
     None: as many as the tree is deep. Where there are fewer, the next pass has some drafts of little worth.
     keep: of the N drafts a pass verifies only so many, for each text those with the likeliest paths in this turn (as in
-    EAGLE-2, arXiv 2406.16858); None: all. For the coupled rule, and with groups that are all as long.
+    EAGLE-2, arXiv 2406.16858); None: all. For the coupled rule, and with groups of equal length.
     Raises InputError when the nodes come in another order, or when the root has no look-ahead token.
     """
 
@@ -53,7 +53,7 @@ class DraftTree:
             raise InputError("groups must give the look-ahead tokens after each node, at least 1 after the root")
         if self.keep is not None:
             if self.groups is not None:
-                raise InputError("a tree that keeps some of its drafts has groups that are all as long")
+                raise InputError("a tree that keeps some of its drafts has groups of equal length")
             keep = min(whole(self.keep, "the number of drafts to keep", 1), len(self.parents))
             object.__setattr__(self, "keep", keep if keep < len(self.parents) else None)
 
@@ -166,13 +166,13 @@ class Shape:
     n_lookahead: int = 0
 
     def cut(self, room: int) -> "Shape":
-        """The part of use when at most `room` more tokens are wanted: the last token of a turn is never a draft."""
+        """The part that is useful when at most `room` more tokens are wanted: a turn's last token is never a draft."""
         return Shape(self.tree.cut(room - 1), max(0, min(self.n_lookahead, room - 2)))
 
     @property
     def n_rows(self) -> int:
         """Rows of the pass."""
-        if self.tree.keep:  # groups are all as long
+        if self.tree.keep:  # groups are of equal length
             return (1 + self.tree.keep) * (1 + self.n_lookahead)
         return len(self.tree.depth) + sum(self.tree.lengths(self.n_lookahead))
 

@@ -43,6 +43,7 @@ FORMAT, VERSION = "minipass checkpoint", 1
 MODEL, ADAPTERS = "model.pt", "adapters.safetensors"  # a finished run's folder holds one of them
 TABLE = "lookahead.safetensors"
 NONE = "none"  # as adapters: the look-ahead table alone, as in the paper
+UNSTORABLE = AttributeError, TypeError, pickle.PicklingError  # what torch raises for values that are not plain
 FINGERPRINTED = 1024  # values of each weight that go into a fingerprint
 
 
@@ -74,12 +75,16 @@ def load(
     NONE it takes the look-ahead table alone. Raises InputError for a file that is missing, damaged, of another kind or
     version, that holds numbers that are not finite, or that would run code.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"dtype must be one of torch's for real numbers, as torch.float32, not {dtype!r:.60}")
     loaded = load_base(path)
     alone = str(adapters) == NONE
     if adapters is None or alone:
         adapters = _adapters_for(path, loaded.model, alone=alone)
-    record = load_adapters(loaded.model, adapters) if adapters else {}
+    record = {} if adapters is None else load_adapters(loaded.model, adapters)
     if alone:
+        if loaded.model.draft_head or loaded.model.config.lora_rank:
+            record = {"rank_accuracy": []}  # it was measured with what goes now
         loaded.model.new_draft_head(0)
         loaded.model.new_adapters(0)
     loaded.model.to(device=device, dtype=dtype).eval()
@@ -119,7 +124,7 @@ def _adapters_for(path: Path | str, model: GPT, *, alone: bool) -> Path | None:
 def fingerprint(model: GPT) -> str:
     """Names a model, without what only drafting reads: equal for all its copies, in any file, in bfloat16 or wider.
 
-    It hashes up to FINGERPRINTED values of each weight, as bfloat16.
+    It hashes FINGERPRINTED values of each weight or a few more, as bfloat16.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
@@ -149,13 +154,28 @@ def save(
         weights = _drafting(weights)
     tokenizer: dict[str, Any] = {"name": encoding.name}
     if base is None and encoding.name != "gpt2":  # tiktoken has that one itself
-        if encoding._pat_str != PATTERN or encoding.special_tokens_set != {END_OF_TEXT}:  # cuts text otherwise
-            raise InputError("a checkpoint cannot hold a tokenizer of others; models of others are saved as a folder")
+        check_storable(encoding)
         tokenizer["tokens"] = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab - 1)]
     content = {"format": FORMAT, "version": VERSION, "config": asdict(model.config), "weights": weights}
     content |= {"tokenizer": tokenizer, "record": record, "training": training, "base": base}
     content["fingerprint"] = None if base is None else fingerprint(model)
-    atomic_write(Path(path), lambda temporary: torch.save(content, temporary))
+
+    def write(temporary: Path) -> None:
+        with explained(f"cannot write {path}, as it could not be read again", UNSTORABLE):
+            torch.save(content, temporary)
+            _unpickled(temporary)
+
+    atomic_write(Path(path), write)
+
+
+def check_storable(encoding: tiktoken.Encoding) -> None:
+    """Raises InputError when a checkpoint cannot hold this tokenizer."""
+    ours = encoding._pat_str == PATTERN and encoding.special_tokens_set == {END_OF_TEXT}  # others cut text otherwise
+    if not ours and encoding.name != "gpt2":
+        raise InputError(
+            "a checkpoint cannot hold a tokenizer of others: train for the frozen model with --stage lookahead, or "
+            "save the model as a folder"
+        )
 
 
 def save_pretrained(model: GPT, folder: str | Path, record: dict[str, Any] | None = None) -> None:
@@ -177,6 +197,8 @@ def load_adapters(model: GPT, file: str | Path) -> dict[str, Any]:
     A folder stands for the ADAPTERS of the run in it. Returns the record of their training. Raises InputError when the
     file is missing, damaged, of another kind, not finite, or made for another width or another base.
     """
+    if not isinstance(file, str | os.PathLike) or not str(file):
+        raise InputError(f"a file of adapters is a path, not {file!r:.60}")
     if os.path.isdir(file):
         file = Path(file) / ADAPTERS
     tensors, metadata = read_tensors(Path(file)), read_metadata(Path(file))

@@ -319,3 +319,12 @@ def test_a_likeliest_tree_has_as_many_rows_as_the_best_fixed_one_and_more_drafts
         assert chosen.depth[-1] == fixed.depth[-1]
         assert (chosen.n_verified, Shape(chosen, 2).n_rows) == (n, Shape(fixed, 2).n_rows)
         assert len(chosen.parents) == 4 * n or n == 1  # at most five drafts for one place
+
+
+def test_of_drafts_that_are_never_tested_the_accuracy_measured_before_stays():
+    adaptive = AdaptiveTree([[0.5, 0.2], [0.4, 0.1]], lambda tree: 1.0 + len(tree.parents))
+    before = (adaptive.accepted / adaptive.tested).copy()
+    for _ in range(10_000):
+        adaptive._choose()
+    np.testing.assert_allclose(adaptive.accepted / adaptive.tested, before)
+    np.testing.assert_allclose(adaptive.tested, 6.0)

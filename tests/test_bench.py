@@ -77,7 +77,7 @@ def test_repeated_share_counts_8_grams_that_were_there_before():
 
 def turn(tested: int, accepted: int) -> Turn:
     tokens = [[0] * (1 + accepted)]
-    return Turn(tokens, [[]], [tested], [accepted], [True], Shape(chain(tested)), [(0, 1 + tested)], [0])
+    return Turn(tokens, [[]], [tested], [accepted], [True], Shape(chain(tested)), 0, [0])
 
 
 def test_acceptance_and_tokens_of_a_pass_add_counts_of_all_prompts_not_shares():

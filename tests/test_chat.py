@@ -181,8 +181,15 @@ def test_a_conversation_forgets_the_oldest_when_the_window_is_full(folder, call,
     lines = [f"and {i} the def" for i in range(8)]
     call(sample, "--checkpoint", folder, "--chat", *SHORT, typed="\n".join(lines))
     assert capsys.readouterr().err.count("tokens/pass") == 8
-    with pytest.raises(InputError, match=r"1\.\.128"):
-        call(sample, "--checkpoint", folder, "--chat", *SHORT, typed="Hi\n" + "def " * 200 + "\n")
+
+
+def test_a_message_longer_than_the_window_is_left_out_and_the_conversation_goes_on(folder, call, capsys):
+    call(sample, "--checkpoint", folder, "--chat", *SHORT, typed="Hi\n" + "def " * 200 + "\nHi\n")
+    _, complaint, _ = capsys.readouterr().err.splitlines()
+    assert "the message is too long" in complaint
+    assert "in a window of 128" in complaint
+    with pytest.raises(InputError, match="the message is too long"):
+        call(sample, "--checkpoint", folder, "--chat", "def " * 200, *SHORT)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from test_bad_input import ROOT, assert_one_sentence, call, start, tiny_checkpoi
 
 import minipass
 import sample
+import train_tiny
 from minipass import weights
 from minipass.cli import run_script
 from minipass.decode import Fused, Plain
@@ -413,3 +414,32 @@ def test_a_text_that_has_ended_may_be_anything():
     assert turn.tokens == [[4], []]
     with pytest.raises(InputError, match="not finite"):
         texts.emit(Shape(), [[0, 0, NOT_FINITE], [0, 0, 1]])
+
+
+# Files that are there already.
+
+
+def test_a_trace_takes_no_other_files_place_and_says_so_before_the_text(call, tiny_checkpoint, tmp_path):  # noqa: F811
+    diary, before = tmp_path / "diary.html", tiny_checkpoint.read_bytes()
+    diary.write_text("<title>My diary</title>")
+    for place in (diary, tiny_checkpoint, tmp_path):
+        refused = call(sample, "--checkpoint", tiny_checkpoint, "Hi", "--trace", place)
+        assert_one_sentence(refused)
+    assert (diary.read_text(), tiny_checkpoint.read_bytes()) == ("<title>My diary</title>", before)
+    for _ in range(2):  # an earlier trace is replaced
+        assert call(sample, "--checkpoint", tiny_checkpoint, "Hi", "--trace", tmp_path / "trace.html").status == 0
+
+
+def test_a_checkpoint_that_could_not_be_read_again_does_not_replace_one(tiny_checkpoint):  # noqa: F811
+    loaded, before = weights.load(tiny_checkpoint), tiny_checkpoint.read_bytes()
+    for record in ({"loss": np.float64(2.0)}, {"loss": lambda: 2.0}):
+        with pytest.raises(InputError, match="could not be read again"):
+            weights.save(tiny_checkpoint, loaded.model, loaded.encoding, record)
+        assert tiny_checkpoint.read_bytes() == before
+    assert [path.name for path in tiny_checkpoint.parent.iterdir()] == [tiny_checkpoint.name]
+
+
+@pytest.mark.parametrize("script", [sample, train_tiny])
+def test_an_empty_name_of_adapters_is_refused(call, script, tiny_checkpoint, tmp_path):  # noqa: F811
+    where = ("--out", tmp_path / "run", "--init") if script is train_tiny else ("--checkpoint",)
+    assert_one_sentence(call(script, *where, tiny_checkpoint, "--adapters", ""))

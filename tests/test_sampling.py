@@ -3,6 +3,7 @@ distributions, the race and acceptance."""
 
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -308,3 +309,10 @@ def test_half_a_million_texts_in_blocks_of_seeds_have_exactly_the_enumerated_dis
     by_run, as_one = texts_z()
     assert abs(by_run) < 4
     assert abs(as_one) < 4
+
+
+def test_settings_are_plain_floats_whatever_number_was_given():
+    given = Sampling(Fraction(1, 2), top_p=1)
+    assert (given.temperature, given.top_p) == (0.5, 1.0)
+    assert {type(given.temperature), type(given.top_p)} == {float}
+    assert given.distribution(torch.randn(2, 5)).probs.sum(-1).allclose(torch.ones(2).double())

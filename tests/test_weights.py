@@ -194,3 +194,11 @@ def test_a_shipped_checkpoint_loads_by_its_name(name):
     loaded = weights.load(name)
     assert loaded.record["stage"] == {"joint": "joint", "frozen": "lookahead", "draft": "base"}[name]
     assert (loaded.model.config.n_lookahead > 0) == (name != "draft")
+
+
+def test_without_its_draft_head_a_model_has_no_accuracy_of_drafts():
+    """It was measured with the head: trees and auto made from it would be those of another model."""
+    assert weights.load("joint").record["rank_accuracy"]
+    alone = weights.load("joint", adapters="none")
+    assert alone.model.draft_head is None
+    assert alone.record["rank_accuracy"] == []

@@ -24,7 +24,7 @@ from minipass.decode import Fused, Plain
 from minipass.engine import Engine
 from minipass.errors import InputError
 from minipass.extras.trace import characters, plain
-from minipass.files import atomic_write
+from minipass.files import atomic_write, check_replaceable
 from minipass.sampling import Sampling
 from minipass.texts import ACCEPTED, BONUS, CORRECTED, SAMPLED, Generation, Turn
 from minipass.tokenizer import encode_bytes, stop_tokens
@@ -223,6 +223,9 @@ def main() -> None:
     args = parser.parse_args()
     if not args.file.name:
         raise InputError(f"FILE must name a file, not {args.file}")
+    files = args.file, args.file.with_stem(f"{args.file.stem}-narrow")
+    for file in files:
+        check_replaceable(file, "<svg")
     device = choose_device("auto")
     loaded = weights.load(args.checkpoint, device=device, dtype=choose_dtype(args.dtype, device))
     sampling = Sampling(args.temperature, top_k=10)
@@ -232,7 +235,7 @@ def main() -> None:
     runs = measure(engines, prompt, args.max_new_tokens, stop_tokens(loaded.encoding), args.seed)
     n_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     note = f"Model {Path(args.checkpoint).name}, {n_parameters / 1e6:.0f}M weights, {args.dtype}"
-    for columns, file in ((2, args.file), (1, args.file.with_stem(f"{args.file.stem}-narrow"))):
+    for columns, file in zip((2, 1), files, strict=True):
         picture = svg(runs, loaded.encoding, prompt, note, columns)
         atomic_write(file, lambda place, picture=picture: place.write_text(picture, encoding="utf-8"))
     for run in runs:

@@ -16,13 +16,14 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a checkpoint, as in sample.py --checkpoint")
     parser.add_argument("folder", type=Path, help="the folder to write; it must not hold a model yet")
     args = parser.parse_args()
-    if os.path.exists(args.folder / pretrained.CONFIG):
+    written = pretrained.CONFIG, pretrained.WEIGHTS, weights.TABLE
+    if any(os.path.exists(args.folder / name) for name in written):
         raise InputError(f"{args.folder} already holds a model: name another folder")
     loaded = weights.load(args.checkpoint)
     weights.save_pretrained(loaded.model, args.folder, loaded.record)
     n_lookahead, width = loaded.model.lookahead.shape
     table = f" and {weights.TABLE} ({n_lookahead} x {width})" if n_lookahead else ""
-    print(f"wrote {args.folder}: {pretrained.CONFIG}, {pretrained.WEIGHTS}{table}")
+    print(f"wrote {args.folder}: {pretrained.CONFIG}, {pretrained.WEIGHTS}{table}; no tokenizer")
 
 
 if __name__ == "__main__":

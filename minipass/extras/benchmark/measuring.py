@@ -107,8 +107,9 @@ def quartiles(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(np.percentile(values, [25, 50, 75]).tolist()) if len(values) else (0.0,) * 3
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float, float]:
-    """(low, share, high) by Wilson's interval, 95% by default. Unlike +- z x standard error it holds near 0 and 1."""
+def wilson_interval(successes: int, trials: int) -> tuple[float, float, float]:
+    """(low, share, high) by Wilson's interval, 95%. Unlike +- z x standard error it holds near 0 and 1."""
+    z = 1.959964
     share, spread = successes / trials, z * z / trials
     middle, half = share + spread / 2, z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
     return max(0.0, (middle - half) / (1 + spread)), share, min(1.0, (middle + half) / (1 + spread))

@@ -32,7 +32,7 @@ from minipass.errors import InputError
 from minipass.extras.course import PACKAGE
 from minipass.extras.course.grading import EXERCISES
 from minipass.extras.course.submit import Refused, taken
-from minipass.files import atomic_write, heedless
+from minipass.files import atomic_write, check_replaceable, heedless
 
 MOST_SECONDS = 300  # for an exercise of the real package
 SLOWER, MORE_SECONDS = 10, 5  # a submission may take so many times as long as that, and so much longer
@@ -58,6 +58,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="of the graders' numbers, to repeat a run")
     given = parser.parse_args(arguments)
     found = submissions(given.folders)
+    check_replaceable(given.out / "grades.csv", "submission,exercise")
+    check_replaceable(given.out / "grades.json", '"submissions"')
     try:
         given.out.mkdir(parents=True, exist_ok=True)  # before the work
     except OSError as error:
@@ -74,6 +76,8 @@ def submissions(paths: Iterable[Path]) -> dict[str, dict[str, str | Refused]]:
     for path in paths:
         if not path.exists():
             raise InputError(f"{path} is not there")
+        if path.is_file() and not zipfile.is_zipfile(path):
+            raise InputError(f"{path} is neither a folder nor a zip")
         own = path.is_file() or any((path / place / file).is_file() for place in ("", "minipass") for file in FILES)
         inside = [] if own else sorted(each for each in path.iterdir() if each.is_dir() or is_zip(each))
         for each in [path] if own else inside:

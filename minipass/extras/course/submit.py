@@ -11,7 +11,10 @@ from pathlib import Path
 FILES = "decode.py", "layout.py", "losses.py", "model.py", "sampling.py", "trees.py"  # in minipass/
 MODULES = "torch torch.nn torch.nn.functional numpy math itertools functools collections collections.abc typing".split()
 NO_NAMES = "eval exec compile open globals locals vars getattr setattr delattr input breakpoint exit quit".split()
-NO_ATTRIBUTES = "sys os builtins gc inspect importlib ctypes library overrides testing load save hub".split()
+NO_ATTRIBUTES = (
+    "sys os builtins gc inspect importlib ctypes library overrides testing load save hub tofile fromfile from_file "
+    "memmap savetxt savez savez_compressed loadtxt genfromtxt fromregex open_memmap DataSource"
+).split()
 SET_ATTRIBUTES = "length", "pairs", "masks"  # what an exercise may set
 KINDS = "staticmethod", "classmethod", "property"  # decorators that a helper keeps
 
