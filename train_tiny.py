@@ -455,7 +455,10 @@ class Trainer:
             raise InputError(f"--stage {args.stage} needs look-ahead tokens, but n_lookahead is 0")
         length = window(config, args)
         if args.stage != "base" and length - config.n_lookahead < args.groups:
-            raise InputError(f"--groups {args.groups} does not fit into a window of {length}")
+            raise InputError(
+                f"--groups {args.groups}, with {config.n_lookahead} look-ahead tokens, does not fit into a window of "
+                f"{length}"
+            )
         if self.base is None:
             weights.check_storable(self.encoding)
         for pair in zip(parts, files, strict=False):

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -84,7 +85,8 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _say(sentence: str) -> None:
-    print(f"{os.path.basename(sys.argv[0])}: {' '.join(sentence.split())}", file=sys.stderr)
+    with suppress(OSError):  # of a full disk: the exit status still tells
+        print(f"{os.path.basename(sys.argv[0])}: {' '.join(sentence.split())}", file=sys.stderr)
 
 
 def _discard_output() -> None:

@@ -26,7 +26,8 @@ def explained(complaint: str, kinds: type | tuple[type, ...] = Exception) -> Ite
 def read(file: Path, reader: Callable[[Path], Any], missing: str = "") -> Any:
     """What reader(file) returns. Raises InputError when it fails, or when there is no file; `missing` may say that."""
     if not os.path.isfile(file):  # False where Path.is_file raises: a name that is too long
-        raise InputError(missing or f"{file} is missing")
+        what = "is a folder, device or pipe" if os.path.exists(file) else "is missing"
+        raise InputError(missing or f"{file} {what}")
     with explained(f"{file} is damaged or only half there, or of another kind"):
         return reader(file)
 

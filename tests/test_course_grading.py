@@ -477,3 +477,15 @@ def test_the_autograder_for_gradescope_runs_in_a_clean_folder(tmp_path):
     assert [test["max_score"] for test in tests] == [exercise.points for exercise in EXERCISES.values()]
     assert [test["score"] for test in tests] == [0, 10, *[0] * 9]
     assert tests[1]["output"] == "" and tests[8]["output"] == "minipass/decode.py was not handed in"
+
+
+def test_grades_take_no_other_files_place_and_a_file_that_is_no_zip_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("no submission")
+    with pytest.raises(InputError, match="neither a folder nor a zip"):
+        grade.main([str(tmp_path / "notes.txt"), "--out", str(tmp_path)])
+    (tmp_path / "a" / "minipass").mkdir(parents=True)
+    (tmp_path / "a" / "minipass" / "decode.py").write_text("")
+    (tmp_path / "grades.csv").write_text("my own list\n")
+    with pytest.raises(InputError, match="exists already"):
+        grade.main([str(tmp_path / "a"), "--out", str(tmp_path)])
+    assert (tmp_path / "grades.csv").read_text() == "my own list\n"

@@ -127,8 +127,8 @@ def test_records_of_recorded_turns_stay_what_they_were(way, lively, stand_in):
         turns.append(turn)
         copies.append(copy.deepcopy(turn))
     for turn, before in zip(turns, copies, strict=True):
-        assert (turn.tokens, turn.origins, turn.passes, turn.last) == (
-            before.tokens, before.origins, before.passes, before.last,
+        assert (turn.tokens, turn.origins, turn.draft_passes, turn.shape, turn.last) == (
+            before.tokens, before.origins, before.draft_passes, before.shape, before.last,
         )  # fmt: skip
         pairs = zip(pytree.tree_leaves(turn.result), pytree.tree_leaves(before.result), strict=True)
         assert all(now is None or torch.equal(now, then) for now, then in pairs)

@@ -76,7 +76,7 @@ def submissions(paths: Iterable[Path]) -> dict[str, dict[str, str | Refused]]:
     for path in paths:
         if not path.exists():
             raise InputError(f"{path} is not there")
-        if path.is_file() and not zipfile.is_zipfile(path):
+        if path.is_file() and not is_zip(path):
             raise InputError(f"{path} is neither a folder nor a zip")
         own = path.is_file() or any((path / place / file).is_file() for place in ("", "minipass") for file in FILES)
         inside = [] if own else sorted(each for each in path.iterdir() if each.is_dir() or is_zip(each))
