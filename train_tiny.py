@@ -461,19 +461,26 @@ class Trainer:
             )
         if self.base is None:
             weights.check_storable(self.encoding)
-        for pair in zip(parts, files, strict=False):
+        written = files  # of a run that goes on, nothing is replaced before its text is known to be the same
+        if was is not None and not encoded:
+            written = [[file.with_suffix(".new") for file in pair] for pair in files]
+        for pair in zip(parts, written, strict=False):
             for documents, file in zip(*pair, strict=True):
                 encode_to_file(documents, self.encoding, file)
         self.model.to(self.device).train()
         if SELF in sources and not encoded:
-            corpus = np.concatenate([open_tokens(train, self.encoding) for train, _ in files[:-1]])
+            corpus = np.concatenate([open_tokens(train, self.encoding) for train, _ in written[:-1]])
             own = own_text(self.model, self.encoding, loaded.chat_template, corpus, args.own_tokens, args.seed)
             cut = round(len(own) * (1 - HELDOUT_FRACTION))
-            for tokens, file in zip((own[:cut], own[cut:]), files[-1], strict=True):
+            for tokens, file in zip((own[:cut], own[cut:]), written[-1], strict=True):
                 save_tokens(tokens, self.encoding, file)
-        self.corpus = digest_of(joined(*files))
+        self.corpus = digest_of(joined(*written))
         if was not in (None, self.corpus):
+            for file in joined(*written) if written is not files else ():
+                file.unlink(missing_ok=True)
             raise InputError(f"the text of --data has changed since the run in {args.out} began: it cannot go on")
+        for new, file in zip(joined(*written), joined(*files), strict=True):
+            os.replace(new, file)
         self.train_tokens, heldout = (
             [open_tokens(file, self.encoding) for file in part] for part in zip(*files, strict=True)
         )
