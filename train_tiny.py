@@ -474,9 +474,9 @@ class Trainer:
             cut = round(len(own) * (1 - HELDOUT_FRACTION))
             for tokens, file in zip((own[:cut], own[cut:]), written[-1], strict=True):
                 save_tokens(tokens, self.encoding, file)
-        self.corpus = digest_of(joined(*written))
-        if was not in (None, self.corpus):
-            for file in joined(*written) if written is not files else ():
+        self.corpus = found if encoded else digest_of(joined(*written))
+        if was not in (None, self.corpus):  # so what was written has the new names
+            for file in joined(*written):
                 file.unlink(missing_ok=True)
             raise InputError(f"the text of --data has changed since the run in {args.out} began: it cannot go on")
         for new, file in zip(joined(*written), joined(*files), strict=True):

@@ -81,7 +81,7 @@ def best_tree(accuracy: Accuracy, n_drafts: int) -> DraftTree:
 def likeliest_tree(accuracy: Accuracy, n_drafts: int) -> DraftTree:
     """A tree whose n_drafts nodes are chosen anew for each text in each turn, as those with the likeliest paths among
     SPARE times as many drafts. Drafting these costs little, verifying them would. It is as deep as best_tree's, so a
-    pass has no more rows than with that. Raises InputError as best_tree."""
+    pass has the same number of rows. Raises InputError as best_tree."""
     whole(n_drafts, "the number of drafts in a tree", 1, MOST_DRAFTS)
     deepest = best_tree(accuracy, n_drafts).depth[-1]
     return DraftTree(best_tree(accuracy[:deepest], min(SPARE * n_drafts, MOST_DRAFTS)).parents, keep=n_drafts)

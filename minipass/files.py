@@ -26,8 +26,7 @@ def explained(complaint: str, kinds: type | tuple[type, ...] = Exception) -> Ite
 def read(file: Path, reader: Callable[[Path], Any], missing: str = "") -> Any:
     """What reader(file) returns. Raises InputError when it fails, or when there is no file; `missing` may say that."""
     if not os.path.isfile(file):  # False where Path.is_file raises: a name that is too long
-        what = "is a folder, device or pipe" if os.path.exists(file) else "is missing"
-        raise InputError(missing or f"{file} {what}")
+        raise InputError(missing or f"{file} is {_no_file(file) or 'missing'}")
     with explained(f"{file} is damaged or only half there, or of another kind"):
         return reader(file)
 
@@ -38,8 +37,8 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     Where `path` is a link, the file that it leads to is written. Raises InputError when `path` is a folder, device or
     pipe, and when the folder or the disk does not take the file.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # both False, not an error, for a name that is too long
-        raise InputError(f"cannot write {path}: it is a {'folder' if os.path.isdir(path) else 'device or pipe'}")
+    if _no_file(path):
+        raise InputError(f"cannot write {path}: it is {_no_file(path)}")
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -62,12 +61,19 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
 def check_replaceable(path: Path, mark: str) -> None:
     """Before long work: raises InputError when `path` holds something else than an earlier file of ours, which has
     `mark` near its beginning."""
+    if _no_file(path):
+        raise InputError(f"cannot write {path}: it is {_no_file(path)}")
     if os.path.exists(path):
-        is_file = os.path.isfile(path)
-        with explained(f"cannot write {path}", OSError):
-            if not is_file or mark.encode() not in Path(path).read_bytes()[:4096]:
-                kind = "exists already and is another file" if is_file else "is a folder, device or pipe"
-                raise InputError(f"{path} {kind}: name another one")
+        with explained(f"cannot write {path}", OSError), open(path, "rb") as file:
+            if mark.encode() not in file.read(4096):
+                raise InputError(f"{path} exists already and is another file: name another one")
+
+
+def _no_file(path: Path) -> str:
+    """What is there that is no file; empty where there is one, or nothing."""
+    if not os.path.exists(path) or os.path.isfile(path):  # both False, not an error, for a name that is too long
+        return ""
+    return "a folder" if os.path.isdir(path) else "a device or pipe"
 
 
 @contextmanager

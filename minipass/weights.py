@@ -161,9 +161,10 @@ def save(
     content["fingerprint"] = None if base is None else fingerprint(model)
 
     def write(temporary: Path) -> None:
-        with explained(f"cannot write {path}, as it could not be read again", UNSTORABLE):
-            torch.save(content, temporary)
+        with explained(f"cannot write {path}, as its record could not be read again", UNSTORABLE):
+            torch.save(record, temporary)  # alone: weights are large, and always plain
             _unpickled(temporary)
+        torch.save(content, temporary)
 
     atomic_write(Path(path), write)
 

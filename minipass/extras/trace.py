@@ -19,7 +19,6 @@ from minipass.extras.trace_page import (
     PAGE,
     REJECTION_EXPLANATION,
     REJECTION_TEST,
-    TITLE,
     TREE_EXPLANATION,
     TREE_REJECTION_EXPLANATION,
     TREE_REJECTION_TEST,
@@ -140,7 +139,6 @@ class Trace:
             for name, meaning in {"prompt": "what was given", **MEANING}.items()
         )
         return PAGE.substitute(
-            title=TITLE,
             headline=self._headline(),
             legend=legend,
             text=self._text(),

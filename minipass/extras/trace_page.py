@@ -6,11 +6,14 @@ Nothing here depends on a text. PAGE has a $name for each part that does.
 from string import Template
 
 TITLE = "<title>PaSS, turn by turn</title>"
-PAGE = Template("""<!DOCTYPE html>
+PAGE = Template(
+    """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
 script-src 'unsafe-inline'">
-$title
+"""
+    + TITLE
+    + """
 <style>
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1b1b; --soft: #5c5c5c; --line: #d4d4d4; --box: #f6f6f6;
   --accepted: #00654a; --bonus: #00558a; --corrected: #9c3d00; --tint: 12%; }
@@ -108,7 +111,8 @@ button.textContent = "Open or close all";
 button.onclick = () => { const open = !details[0].open; details.forEach(each => { each.open = open; }); };
 byId("turns").before(button);
 </script></body></html>
-""")
+"""
+)
 
 EXPLANATION = """A turn is one pass of the target model. A draft pass looks ahead: its look-ahead rows give the draft
 distributions for the next turn. A verify pass tests drafts: q is a draft's probability in the target distribution,
